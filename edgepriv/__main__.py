@@ -1,0 +1,5 @@
+"""``python -m edgepriv`` is the console command ``edgepriv``."""
+
+from edgepriv.cli import main
+
+main()
