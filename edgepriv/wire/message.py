@@ -9,10 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from edgepriv.errors import WireError
 from edgepriv.wire import cbor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import dataclass_transform
+else:
+
+    def dataclass_transform(**_kwargs: Any) -> Any:
+        """Python 3.10 lacks it; type checkers read the real one."""
+        return lambda decorated: decorated
+
 
 M = TypeVar("M")
 KINDS: dict[str, type[Any]] = {}
@@ -21,7 +31,13 @@ MAX_ENTRIES = 10_000
 DEFAULT_LIMIT = 4096
 
 
-def message(kind: str) -> Any:
+def sized(limit: int, **kwargs: Any) -> Any:
+    """A field with its own length limit in bytes or characters."""
+    return dataclasses.field(metadata={"limit": limit}, **kwargs)
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(sized,))
+def message(kind: str) -> Callable[[type[M]], type[M]]:
     """Register a frozen dataclass as the message ``kind``."""
 
     def register(cls: type[M]) -> type[M]:
@@ -33,11 +49,6 @@ def message(kind: str) -> Any:
         return made
 
     return register
-
-
-def sized(limit: int, **kwargs: Any) -> Any:
-    """A field with its own length limit in bytes or characters."""
-    return dataclasses.field(metadata={"limit": limit}, **kwargs)
 
 
 def encode(value: Any) -> bytes:

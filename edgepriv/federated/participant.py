@@ -1,0 +1,341 @@
+"""The device's end of federated rounds: a pure, steppable object. No clock, link, file or thread of its own.
+
+Use: hand every `RoundMessage` to `receive`, fetched global weights to `model_ready`, and carry out the actions that
+come back, in order, after `state` was made durable where ``dirty`` says so.
+
+Rules.
+1. The owner's policy decides (`RoundPolicy`), never the announcement: which privacy is accepted, which tensors may be
+   trained, the smallest cohort, the threshold, the privacy budget.
+2. A round is answered once: its number must be above every number answered before, also after a restart.
+3. The upload's bytes are made once. The runtime stores them before the first chunk and resumes the same bytes; a
+   device that lost them sits the round out.
+4. What a masked round needs (mask seeds, shares) lives in this object only and is gone with the process: such a
+   device lets the others finish, which a threshold allows.
+5. The device charges its own privacy ledger when the upload is released, so an aborted round counts.
+6. A declined round says why; nothing here raises on what the gateway sends except WireError, which is counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from edgepriv.errors import EdgeprivError, RefusedError, WireError
+from edgepriv.federated import compression
+from edgepriv.federated.layout import Layout
+from edgepriv.federated.ledger import Ledger
+from edgepriv.federated.local_recipe import LocalRecipe
+from edgepriv.federated.local_update import LocalUpdate, RoundSettings, Trainer
+from edgepriv.federated.privacy import clip_update
+from edgepriv.wire import cbor, rounds
+from edgepriv.wire.rounds import RoundOpen, RoundResult
+from edgepriv.wire.update import decode_update, encode_update
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from edgepriv.keys import Identity
+    from edgepriv.wire.messages import RoundMessage
+    from edgepriv.wire.trust import TrustList
+
+EXPIRES_AFTER_DEADLINE_S = 60.0
+MAX_MODEL_BYTES = 512 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class RoundPolicy:
+    """What the owner lets this device do in rounds; comes with the trust list's policy or the device's config.
+
+    ``trainable``: tensor names, or prefixes that end in ``*``. ``privacy``: ``any`` or ``masked``. ``active``: the
+    gateway may lie (threshold floor(2n/3)+1), else it is honest but curious (floor(n/2)+1). ``max_epsilon``: budget
+    at ``delta``; None = rounds without noise are accepted.
+    """
+
+    trainable: tuple[str, ...] = ("head.*",)
+    privacy: str = "any"
+    min_cohort: int = 32
+    active: bool = False
+    max_epsilon: float | None = None
+    delta: float = 1e-5
+    max_model_bytes: int = MAX_MODEL_BYTES
+
+    def allows(self, name: str) -> bool:
+        """Say whether a tensor may be trained."""
+        return any(name == p or (p.endswith("*") and name.startswith(p[:-1])) for p in self.trainable)
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Seal and send this message."""
+
+    message: RoundMessage
+
+
+@dataclass(frozen=True, slots=True)
+class FetchModel:
+    """Pull the global weights by digest, then call `Participant.model_ready`."""
+
+    round: int
+    digest: bytes
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """Store these bytes durably, then offer them (``Offer.what == "update"``) until they are acknowledged."""
+
+    round: int
+    payload: bytes
+    meta: dict[str, Any]
+    expires: float
+
+
+@dataclass(frozen=True, slots=True)
+class EndRound:
+    """The round is over for this device: stop its download and delete its unsent upload.
+
+    ``adopt``: SHA-256 of the new global weights, or empty.
+    """
+
+    round: int
+    reason: str
+    adopt: bytes = b""
+    adopt_bytes: int = 0
+
+
+Action = Send | FetchModel | Upload | EndRound
+
+
+@dataclass
+class _Running:
+    """The round that this device is in."""
+
+    opened: RoundOpen
+    layout: Layout
+    weights: dict[str, NDArray[Any]] | None = None
+    uploaded: bool = False
+    member: Any = None
+
+
+class Participant:
+    """One device in federated rounds, one round at a time."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        trust: TrustList,
+        policy: RoundPolicy,
+        trainer: Trainer,
+        *,
+        state: bytes = b"",
+        seed: int = 0,
+    ) -> None:
+        self.identity, self.trust, self.policy, self.trainer = identity, trust, policy, trainer
+        self.seed = seed
+        self.ledger = Ledger()
+        self.feedback: dict[str, NDArray[np.float32]] = {}
+        self._last_round = -1
+        self._running: _Running | None = None
+        self.dirty = False
+        self.counters = {"joined": 0, "declined": 0, "uploaded": 0, "done": 0, "aborted": 0}
+        if state:
+            self._restore(state)
+
+    # --- durable state ------------------------------------------------------------------------------------
+
+    def state(self) -> bytes:
+        """What must survive a restart; clears ``dirty``. No secret is in it."""
+        self.dirty = False
+        return cbor.encode({"last": self._last_round, "ledger": self.ledger.rows()})
+
+    def _restore(self, raw: bytes) -> None:
+        body = cbor.decode_map(raw, max_bytes=1 << 20)
+        self._last_round = int(body["last"])
+        self.ledger = Ledger.from_rows(body["ledger"])
+
+    @property
+    def round(self) -> int | None:
+        """The round that this device is in."""
+        return self._running.opened.round if self._running else None
+
+    # --- what arrives -------------------------------------------------------------------------------------
+
+    def receive(self, outer: RoundMessage, now: float) -> list[Action]:
+        """Handle a step from the gateway.
+
+        Args:
+            outer: the message, as opened from the link.
+            now: Unix seconds.
+
+        Raises:
+            WireError: malformed, or a step that does not belong to the running round.
+        """
+        body = rounds.read_step(outer, up=False)
+        if isinstance(body, RoundOpen):
+            return self._open(body, now)
+        if isinstance(body, RoundResult):
+            return self._result(outer.round, body)
+        running = self._running
+        if running is None or running.opened.round != outer.round or running.member is None:
+            raise WireError("a step of a round that this device is not in")
+        actions = [Send(m) for m in running.member.receive(body)]
+        return [*actions, *self._advance()]
+
+    def model_ready(self, round_number: int, raw: bytes) -> list[Action]:
+        """Take the fetched global weights (their digest is checked by who fetched them)."""
+        running = self._running
+        if running is None or running.opened.round != round_number or running.uploaded:
+            return []
+        try:
+            weights = decode_update(raw, max_bytes=self.policy.max_model_bytes).tensors
+            running.layout.check_weights(weights)
+        except WireError as error:
+            return self._sit_out(running, f"the global weights are not usable: {error}")
+        running.weights = weights
+        return self._advance()
+
+    def tick(self, now: float) -> list[Action]:
+        """Give up a round whose deadline is well past: the gateway's result may never come."""
+        running = self._running
+        if running and now > running.opened.deadline + EXPIRES_AFTER_DEADLINE_S:
+            return self._sit_out(running, "the deadline passed")
+        return []
+
+    # --- steps --------------------------------------------------------------------------------------------
+
+    def _open(self, opened: RoundOpen, now: float) -> list[Action]:
+        if self._running and self._running.opened.round == opened.round:
+            return []  # the announcement is repeated until the gateway has an answer
+        if opened.round <= self._last_round:
+            return []  # answered before; a second view of one round is never given
+        actions = self._sit_out(self._running, "a newer round was announced") if self._running else []
+        if reason := self._objection(opened, now):
+            self.counters["declined"] += 1
+            return [*actions, self._join(opened, accept=False, reason=reason)]
+        self._last_round, self.dirty = opened.round, True
+        self._running = _Running(opened, Layout(opened.tensors))
+        self.counters["joined"] += 1
+        advert = self._become_member(self._running)
+        fetch = FetchModel(opened.round, opened.base, opened.base_bytes)
+        return [*actions, self._join(opened, accept=True, advert=advert), fetch]
+
+    def _become_member(self, running: _Running) -> bytes:
+        if running.opened.privacy != rounds.MASKED:
+            return b""
+        from edgepriv.federated.secagg import Member
+
+        running.member = Member(running.opened, running.layout, self.identity, self.trust, self.policy)
+        advert: bytes = running.member.advert
+        return advert
+
+    def _objection(self, opened: RoundOpen, now: float) -> str:
+        policy = self.policy
+        if policy.privacy == "masked" and opened.privacy != rounds.MASKED:
+            return "this device takes part in masked rounds only"
+        if forbidden := [row[0] for row in opened.tensors if not policy.allows(row[0])]:
+            return f"the policy does not let {forbidden[0]!r} be trained"
+        if opened.base_bytes > policy.max_model_bytes:
+            return "the global weights are over this device's limit"
+        if now >= opened.deadline:
+            return "the deadline is past"
+        try:
+            _recipe(opened)
+            return self._budget_objection(opened)
+        except EdgeprivError as error:
+            return str(error)
+
+    def _budget_objection(self, opened: RoundOpen) -> str:
+        if self.policy.max_epsilon is None:
+            return ""
+        charge = _charge(opened)
+        if charge is None:
+            return "the round adds no noise and this device has a privacy budget"
+        spent = self.ledger.epsilon_after(charge, self.policy.delta)
+        if spent > self.policy.max_epsilon:
+            return f"the privacy budget would be passed: epsilon {spent:.2f} of {self.policy.max_epsilon:g}"
+        return ""
+
+    def _join(self, opened: RoundOpen, *, accept: bool, reason: str = "", advert: bytes = b"") -> Send:
+        return Send(rounds.step_message(opened.round, "join", rounds.Join(accept, reason[:200], advert)))
+
+    def _advance(self) -> list[Action]:
+        running = self._running
+        if running is None or running.uploaded or running.weights is None:
+            return []
+        if running.member is not None and not running.member.ready:
+            return []
+        try:
+            return self._train(running)
+        except EdgeprivError as error:
+            return self._sit_out(running, str(error))
+
+    def _train(self, running: _Running) -> list[Action]:
+        opened = running.opened
+        weights = running.weights or {}
+        settings = RoundSettings(_recipe(opened), opened.round, self.seed + opened.round)
+        update = self.trainer(weights, settings)
+        if update.examples < 1:
+            raise RefusedError("no labelled examples")
+        update = _covered(update, opened)
+        clipped = clip_update(update.tensors, opened.clip)
+        if running.member is None:
+            payload = self._clear_payload(clipped, running, update.examples)
+            meta = rounds.offer_meta(min(update.examples, opened.max_weight))
+        else:
+            payload, meta = running.member.masked_payload(clipped, update.examples), rounds.offer_meta(0)
+        if charge := _charge(opened):
+            self.ledger.charge(opened.round, charge)
+        running.uploaded, running.weights, self.dirty = True, None, True
+        self.counters["uploaded"] += 1
+        return [Upload(opened.round, payload, meta, opened.deadline + EXPIRES_AFTER_DEADLINE_S)]
+
+    def _clear_payload(self, tensors: dict[str, NDArray[np.float32]], running: _Running, examples: int) -> bytes:
+        opened = running.opened
+        arrays, scales = compression.compress(tensors, opened, feedback=self.feedback)
+        meta = {"round": opened.round, "examples": min(examples, opened.max_weight)}
+        return encode_update(arrays, meta, scales=scales)
+
+    def _sit_out(self, running: _Running | None, reason: str) -> list[Action]:
+        self._running = None
+        if running is None:
+            return []
+        leave = [] if running.uploaded else [self._join(running.opened, accept=False, reason=reason)]
+        return [*leave, EndRound(running.opened.round, reason)]
+
+    def _result(self, number: int, result: RoundResult) -> list[Action]:
+        if self._running and self._running.opened.round == number:
+            self._running = None
+        done = result.outcome == "done"
+        self.counters["done" if done else "aborted"] += 1
+        adopt = (result.model, result.model_bytes) if done and len(result.model) == 32 else (b"", 0)
+        return [EndRound(number, result.reason or result.outcome, *adopt)]
+
+
+def _recipe(opened: RoundOpen) -> LocalRecipe:
+    """Training settings of an announcement; unknown ones are refused, not ignored."""
+    known = {f.name for f in dataclasses.fields(LocalRecipe)} - {"trainable", "shares_statistics"}
+    if unknown := opened.training.keys() - known:
+        raise WireError(f"unknown training setting {min(unknown)!r}"[:120])
+    try:
+        return LocalRecipe(
+            **opened.training,
+            trainable=tuple(row[0] for row in opened.tensors),
+            shares_statistics=opened.statistics == "shared",
+        )
+    except TypeError as error:
+        raise WireError("a training setting is of the wrong type") from error
+
+
+def _covered(update: LocalUpdate, opened: RoundOpen) -> LocalUpdate:
+    """Only what the round names leaves the device, whatever the trainer returned."""
+    names = {row[0] for row in opened.tensors}
+    return LocalUpdate({n: t for n, t in update.tensors.items() if n in names}, update.examples)
+
+
+def _charge(opened: RoundOpen) -> float | None:
+    """Noise multiplier that this device may count on: the sum's noise over what one device can change it by."""
+    if opened.noise == "none" or opened.noise_multiplier <= 0:
+        return None
+    return opened.noise_multiplier
