@@ -1,0 +1,311 @@
+"""Joins the generator and the audit: make a release, train on it, attack it, and fill in its card.
+
+``synthesis`` and ``risk`` never import each other; this module hands the one's pipeline to the other as a callable.
+The audited models are N fresh runs of the whole pipeline on random halves of the private records, never the release
+itself: that is made from all private records with the same settings.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgepriv.errors import ConfigError, DataError
+from edgepriv.risk.membership import audit as membership
+from edgepriv.risk.membership import scores as membership_scores
+from edgepriv.risk.membership import shadows as membership_shadows
+from edgepriv.risk.membership.classifier import Recipe
+from edgepriv.synthesis import card as cards
+from edgepriv.synthesis import generator, training
+from edgepriv.synthesis.vae import VaeConfig, default_config
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from edgepriv.datasets import Dataset
+    from edgepriv.synthesis.vae import Vae
+
+    Images = NDArray[np.uint8]
+    Labels = NDArray[np.int64]
+    Progress = Callable[[str, int, int], None]
+
+__all__ = [
+    "Parts",
+    "Release",
+    "Settings",
+    "Study",
+    "fill_card",
+    "make_release",
+    "pipeline_of",
+    "prior_pictures",
+    "study",
+    "take_parts",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Disjoint parts of the data; ``classes`` counts the labels, ``note`` says where the public part comes from."""
+
+    name: str
+    private: tuple[Images, Labels]
+    public: tuple[Images, Labels]
+    test: tuple[Images, Labels]
+    classes: int
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything a release is made with."""
+
+    noise_ratio: float | None = None
+    epsilon: float | None = None
+    mode: generator.Mode = "noised"
+    copies: int = 1
+    label_epsilon: float | None = None
+    vae_from: str = "public"
+    dp: training.DpSgd | None = None
+    conditional: bool = True
+    latent_dim: int | None = None
+    vae_epochs: int | None = None
+    beta: float | None = None
+    recipe: Recipe = field(default_factory=Recipe)
+    targets: int = 16
+    audit_records: int = 2000
+    device: str = "cpu"
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Released pictures and labels, the VAE that made them, and the mechanism."""
+
+    images: Images
+    labels: Labels
+    vae: Vae
+    mechanism: generator.Mechanism
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """The audit and the accuracies of the pipeline and its controls, each [targets]."""
+
+    audit: membership.AuditReport
+    real: NDArray[np.float64]
+    synthetic: NDArray[np.float64]
+    public_only: NDArray[np.float64]
+    prior_samples: NDArray[np.float64]
+
+
+def take_parts(data: Dataset, public: Dataset | None, seed: int) -> Parts:
+    """Cut the data into disjoint private, public and test parts, each with every class of the private one.
+
+    Raises:
+        DataError: too few images, different shapes, or a class that has no image.
+    """
+    order = np.random.default_rng(seed).permutation(len(data))
+    images, labels = data.images[order], data.labels[order]
+    classes = max(len(data.class_names), len(public.class_names) if public else 0)
+    tests = max(1, (len(data) * 2) // 9)
+    helds = 0 if public else len(data) // 3
+    rest = tests + helds
+    private = (images[rest:], labels[rest:])
+    if public is not None and public.images.shape[1:] != images.shape[1:]:
+        raise DataError(f"public pictures are {public.images.shape[1:]}, private ones {images.shape[1:]}")
+    outside = (public.images, public.labels) if public else (images[tests:rest], labels[tests:rest])
+    note = f"public data: {public.name}" if public else f"no public data given: {helds} images were held out as public"
+    missing = sorted(set(range(len(data.class_names))) - set(private[1].tolist()))
+    if missing:
+        raise DataError(
+            f"no private image of class {', '.join(data.class_names[i] for i in missing)}",
+            hint="give every class some images, or renumber the labels",
+        )
+    return Parts(data.name, private, outside, (images[:tests], labels[:tests]), classes, note)
+
+
+def make_release(
+    parts: Parts, settings: Settings, checkpoint: Path | None = None, progress: Progress | None = None
+) -> Release:
+    """Train (or resume) the VAE and synthesise all private records once."""
+    config = _config(parts, settings)
+    source = parts.public if settings.vae_from == "public" else parts.private
+    vae = training.train_vae(
+        *source,
+        config,
+        seed=settings.seed,
+        device=settings.device,
+        dp=_dp(settings),
+        checkpoint=checkpoint,
+        progress=(lambda done, of: progress("VAE", done, of)) if progress else None,
+    )
+    mechanism = _mechanism(vae, parts, settings)
+    images, labels = generator.synthesize(vae, *parts.private, mechanism, np.random.default_rng(settings.seed + 1))
+    return Release(images, labels, vae, mechanism)
+
+
+def study(parts: Parts, settings: Settings, release: Release, progress: Progress | None = None) -> Study:
+    """Audit the pipeline on random halves of the private records, with its controls."""
+    pool = (parts.private[0][: settings.audit_records], parts.private[1][: settings.audit_records])
+    rng = np.random.default_rng(settings.seed + 2)
+    masks = membership_scores.draw_masks(settings.targets, len(pool[0]), rng)
+    membership_scores.check_shadow_count(settings.targets - 1, 0.01)
+
+    def run(name: str, pipeline: membership_shadows.Pipeline, *, released: bool) -> membership_shadows.ShadowScores:
+        return membership_shadows.run_shadows(
+            pool,
+            parts.test,
+            masks,
+            pipeline,
+            settings.recipe,
+            seed=settings.seed + 1000,
+            released=released,
+            device=settings.device,
+            progress=(lambda done, of: progress(name, done, of)) if progress else None,
+        )
+
+    audited = run("release", pipeline_of(parts, settings, release), released=True)
+    prior = replace(settings, mode="prior", noise_ratio=None, epsilon=None)
+    return Study(
+        audit=membership.audit_shadows(audited, rng),
+        real=run("real data", membership_shadows.no_defence, released=False).accuracies,
+        synthetic=audited.accuracies,
+        public_only=run("public only", _public_only(parts), released=False).accuracies,
+        prior_samples=run("prior samples", pipeline_of(parts, prior, release), released=False).accuracies,
+    )
+
+
+def pipeline_of(parts: Parts, settings: Settings, release: Release) -> membership_shadows.Pipeline:
+    """The pipeline for an audit: with a VAE that saw private records, each model trains its own VAE."""
+    config = _config(parts, settings)
+
+    def pipeline(images: Images, labels: Labels, seed: int) -> tuple[Images, Labels]:
+        vae = release.vae
+        if settings.vae_from != "public":
+            vae = training.train_vae(images, labels, config, seed=seed, device=settings.device, dp=_dp(settings))
+        return generator.synthesize(
+            vae, images, labels, _mechanism(vae, parts, settings), np.random.default_rng(seed + 7)
+        )
+
+    return pipeline
+
+
+def fill_card(parts: Parts, settings: Settings, release: Release, found: Study | None) -> cards.ReleaseCard:
+    """Put figures and words on the card."""
+    mechanism, config = release.mechanism, release.vae.config
+    budget = (settings.dp.epsilon, settings.dp.delta) if settings.vae_from == "dp" and settings.dp else None
+    proved = generator.guarantee(mechanism, config.latent_dim, parts.classes, settings.vae_from, budget)
+    noised = mechanism.mode == "noised"
+    card = cards.ReleaseCard(
+        data=parts.name,
+        records=len(parts.private[0]),
+        released=len(release.images),
+        mode=mechanism.mode,
+        latent_dim=config.latent_dim,
+        clip_radius=mechanism.clip_radius,
+        latent_rms=mechanism.latent_rms,
+        noise_ratio=mechanism.noise_ratio(config.latent_dim) if noised else None,
+        epsilon_metric=mechanism.epsilon if noised else None,
+        kappa=proved.kappa,
+        epsilon=proved.epsilon,
+        delta=proved.delta,
+        advantage_bound=proved.advantage_bound,
+        copies=mechanism.copies,
+        vae_trained_on=settings.vae_from,
+        vae_images=len((parts.public if settings.vae_from == "public" else parts.private)[0]),
+        vae_budget=budget,
+        labels="exact" if mechanism.label_epsilon is None else f"randomised_response:{mechanism.label_epsilon:g}",
+        claim=proved.claim,
+        held_out=parts.note,
+        warnings=_warnings(parts, settings, release),
+    )
+    if found is None:
+        return replace(card, recommendation=cards.recommend(card))
+    audit = {**found.audit.as_json(), "verdict": found.audit.verdict()}
+    card = replace(
+        card,
+        accuracy_real=float(found.real.mean()),
+        accuracy_synthetic=float(found.synthetic.mean()),
+        accuracy_public_only=float(found.public_only.mean()),
+        accuracy_prior_samples=float(found.prior_samples.mean()),
+        audit=audit,
+        warnings=[*card.warnings, *found.audit.warnings],
+    )
+    return replace(card, recommendation=cards.recommend(card))
+
+
+def prior_pictures(release: Release, seed: int, each: int = 4) -> tuple[Images, Labels]:
+    """A few pictures of the generator alone, for the card."""
+    labels = np.repeat(np.unique(release.labels), each)
+    blank = np.zeros((len(labels), *release.images.shape[1:]), np.uint8)
+    prior = replace(release.mechanism, mode="prior", epsilon=0.0, copies=1, label_epsilon=None)
+    return generator.synthesize(release.vae, blank, labels, prior, np.random.default_rng(seed + 3))
+
+
+def _config(parts: Parts, settings: Settings) -> VaeConfig:
+    shape = parts.private[0].shape[1:]
+    changes = {"latent_dim": settings.latent_dim, "epochs": settings.vae_epochs, "beta": settings.beta}
+    config = default_config((shape[0], shape[1], shape[2]), parts.classes if settings.conditional else 0, **changes)
+    absent = set(parts.private[1].tolist()) - set(parts.public[1].tolist())
+    if settings.conditional and settings.vae_from == "public" and absent:
+        raise DataError(
+            f"the public data have no image of class {sorted(absent)}, so a label-conditional VAE cannot draw it",
+            hint="use --no-conditional, or public data with every class",
+        )
+    return config
+
+
+def _mechanism(vae: Vae, parts: Parts, settings: Settings) -> generator.Mechanism:
+    scale = generator.latent_scale(vae, *_within(parts.public, vae.config.classes))
+    return generator.mechanism_for(
+        scale,
+        vae.config.latent_dim,
+        noise_ratio=settings.noise_ratio,
+        epsilon=settings.epsilon,
+        mode=settings.mode,
+        copies=settings.copies,
+        label_epsilon=settings.label_epsilon,
+    )
+
+
+def _within(part: tuple[Images, Labels], classes: int) -> tuple[Images, Labels]:
+    keep = part[1] < classes if classes else np.ones(len(part[1]), dtype=np.bool_)
+    return part[0][keep][:4000], part[1][keep][:4000]
+
+
+def _dp(settings: Settings) -> training.DpSgd | None:
+    if settings.vae_from != "dp":
+        return None
+    if settings.dp is None:
+        raise ConfigError("a VAE trained by DP-SGD needs its epsilon", hint="give --vae-epsilon")
+    return settings.dp
+
+
+def _public_only(parts: Parts) -> membership_shadows.Pipeline:
+    """The control: as many public images as there are members, drawn anew for each model."""
+
+    def pipeline(images: Images, labels: Labels, seed: int) -> tuple[Images, Labels]:  # noqa: ARG001
+        rows = np.random.default_rng(seed).permutation(len(parts.public[0]))[: len(images)]
+        return parts.public[0][rows], parts.public[1][rows]
+
+    return pipeline
+
+
+def _warnings(parts: Parts, settings: Settings, release: Release) -> list[str]:
+    found = [] if "held out" not in parts.note else [parts.note]
+    if settings.vae_from == "private":
+        found.append("the VAE saw the private records without DP-SGD: its weights give members away")
+    if settings.mode == "unsafe_no_noise":
+        found.append("no noise: this release gives members away")
+    ratio = release.mechanism.noise_ratio(release.vae.config.latent_dim)
+    if math.isfinite(ratio) and ratio < 1.5:
+        found.append(f"noise ratio {ratio:.2f}: below about 2 the released-set attack was measured to succeed")
+    if parts.private[0].shape[3] == 3:
+        found.append("colour pictures: the VAE loses much accuracy before any noise, and no level of AUC is promised")
+    return found

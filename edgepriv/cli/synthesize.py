@@ -1,0 +1,146 @@
+"""``edgepriv synthesize``: private pictures in, a release with its card out."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from edgepriv.cli.synthesis_study import Release, Settings
+    from edgepriv.synthesis.card import ReleaseCard
+
+
+@click.command()
+@click.option("--data", required=True, help="Private pictures: a folder, IDX or CIFAR files, or 'digits'.")
+@click.option("--public-data", help="Pictures that are not private. Without it a disjoint part of --data is held out.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="New directory for the release.")
+@click.option("--noise-ratio", type=float, help="Noise over latent standard deviation: the main knob; default 2.")
+@click.option("--epsilon", type=float, help="Metric epsilon instead; it has no meaning across two VAEs.")
+@click.option("--mode", type=click.Choice(["noised", "prior", "unsafe_no_noise"]), default="noised", show_default=True)
+@click.option(
+    "--copies", type=int, default=1, show_default=True, help="Synthetic pictures per record; each costs kappa."
+)
+@click.option("--label-epsilon", type=float, help="Release labels by randomised response with this epsilon.")
+@click.option("--vae", "vae_from", type=click.Choice(["public", "private", "dp"]), default="public", show_default=True)
+@click.option("--vae-epsilon", type=float, help="With --vae dp: epsilon of the VAE's training.")
+@click.option("--vae-delta", type=float, default=1e-5, show_default=True, help="With --vae dp: its delta.")
+@click.option("--conditional/--no-conditional", default=True, help="Whether the VAE is given labels.")
+@click.option("--latent-dim", type=int, help="Latent dimensions; the default depends on the size of the pictures.")
+@click.option("--vae-epochs", type=int, help="Epochs of the VAE.")
+@click.option("--beta", type=float, help="Weight of the KL term.")
+@click.option("--targets", type=int, default=16, show_default=True, help="Models that the audit trains.")
+@click.option("--epochs", type=int, help="Epochs of each of them.")
+@click.option("--audit-records", type=int, default=2000, show_default=True, help="Private records that are audited.")
+@click.option("--no-audit", is_flag=True, help="Skip accuracies and audit; the card then recommends nothing.")
+@click.option("--keep-vae/--drop-vae", default=True, help="Put the VAE beside the release where it may travel.")
+@click.option("--limit", type=int, help="Use only the first pictures of each set.")
+@click.option("--seed", type=int, help="For repeating an experiment. Who knows it can remove the noise: omit it.")
+@click.option("--device", default="cpu", show_default=True, help="torch device.")
+@click.option("--threads", type=int, default=2, show_default=True, help="CPU threads.")
+@click.option("--max-auc", type=float, help="End with exit code 3 when the strongest attack's AUC is above this.")
+@click.option("--json", "as_json", is_flag=True, help="Print the card as JSON.")
+def synthesize(data: str, public_data: str | None, out: Path, limit: int | None, **options: Any) -> None:
+    """Make synthetic data with a release card.
+
+    The images and labels go to OUT/release.npz, which every --data of edgepriv reads; OUT/card.json and card.html say
+    what is proved, what was measured and whether it should be released at all. A run that was cut resumes its VAE.
+    """
+    import torch
+
+    from edgepriv import datasets
+    from edgepriv.cli import synthesis_study
+    from edgepriv.errors import ConfigError
+
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"{out} is not empty", hint="a release is never overwritten: name a new directory")
+    torch.set_num_threads(options["threads"])
+    private = datasets.load(data, split="all", limit=limit)
+    public = datasets.load(public_data, split="all", limit=limit) if public_data else None
+    settings = _settings(options, private.images.shape[1:])
+    checkpoint = out.with_name(out.name + ".vae-checkpoint")
+    parts = synthesis_study.take_parts(private, public, settings.seed)
+    click.echo(f"{len(parts.private[0])} private records, {parts.note}", err=True)
+    release = synthesis_study.make_release(parts, settings, checkpoint, _progress())
+    found = None if options["no_audit"] else synthesis_study.study(parts, settings, release, _progress())
+    card = synthesis_study.fill_card(parts, settings, release, found)
+    _write(out, card, release, settings, keep_vae=options["keep_vae"])
+    checkpoint.unlink(missing_ok=True)
+    click.echo(json.dumps(card.as_json()) if options["as_json"] else _summary(card, out))
+    _refuse_above(card, options["max_auc"])
+
+
+def _settings(options: dict[str, Any], shape: tuple[int, ...]) -> Settings:
+    from edgepriv.cli.synthesis_study import Settings
+    from edgepriv.risk.membership.classifier import Recipe
+    from edgepriv.synthesis.training import DpSgd
+
+    small = shape[0] * shape[1] * shape[2] <= 100
+    seed = options["seed"]
+    same = ("noise_ratio", "epsilon", "mode", "copies", "label_epsilon", "vae_from", "conditional", "latent_dim")
+    return Settings(
+        **{name: options[name] for name in (*same, "vae_epochs", "beta", "targets", "audit_records", "device")},
+        dp=DpSgd(options["vae_epsilon"], options["vae_delta"]) if options["vae_epsilon"] is not None else None,
+        recipe=Recipe(epochs=options["epochs"] or (60 if small else 30)),
+        seed=secrets.randbits(40) if seed is None else seed,
+    )
+
+
+def _write(out: Path, card: ReleaseCard, release: Release, settings: Settings, *, keep_vae: bool) -> None:
+    from edgepriv.cli.synthesis_study import prior_pictures
+    from edgepriv.synthesis.card import picture_grid
+    from edgepriv.synthesis.release import write_release
+
+    pictures = {
+        "Released pictures, one column a class": picture_grid(release.images, release.labels),
+        "The generator alone (no record's code)": picture_grid(*prior_pictures(release, settings.seed)),
+    }
+    vae = release.vae if keep_vae and settings.vae_from != "private" else None
+    write_release(out, release.images, release.labels, card, pictures, vae)
+
+
+def _summary(card: ReleaseCard, out: Path) -> str:
+    lines = [f"{card.released} synthetic pictures in {out}; card: {out / 'card.html'}", card.claim]
+    if card.audit:
+        figures = {
+            "real": card.accuracy_real,
+            "release": card.accuracy_synthetic,
+            "public data alone": card.accuracy_public_only,
+            "generator samples": card.accuracy_prior_samples,
+        }
+        lines.append("accuracy: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
+        lines.append(card.audit["verdict"])
+    return "\n".join([*lines, f"recommendation: {card.recommendation}"])
+
+
+def _refuse_above(card: ReleaseCard, max_auc: float | None) -> None:
+    from edgepriv.errors import ConfigError, RiskThresholdError
+
+    if max_auc is None:
+        return
+    if card.audit is None:
+        raise ConfigError("--max-auc needs the audit", hint="drop --no-audit")
+    if card.audit["auc"] > max_auc:
+        raise RiskThresholdError(
+            f"{card.audit['strongest']} reaches AUC {card.audit['auc']:.3f}, above {max_auc:g}",
+            hint="raise --noise-ratio, or release generator samples with --mode prior",
+        )
+
+
+def _progress() -> Callable[[str, int, int], None]:
+    import sys
+
+    terminal = sys.stderr.isatty()
+
+    def show(stage: str, done: int, total: int) -> None:
+        if terminal:
+            click.echo(f"\r{stage}: {done}/{total}   ", err=True, nl=done == total)
+        elif done == total:
+            click.echo(f"{stage}: {total} done", err=True)
+
+    return show

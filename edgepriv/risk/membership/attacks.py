@@ -1,0 +1,171 @@
+"""Attacks on a model's scores: threshold, LiRA, RMIA, quantile regression, label-only. Higher means "was a member".
+
+Attacker: holds the records in question with their labels and the target's score on each; the calibrated attacks also
+hold shadow models trained as the target was. Each function returns one float per record. Records are worked in blocks,
+so memory is O(shadows) per block however many records there are.
+
+Sources: LiRA arXiv 2112.03570 (online, fixed variance); RMIA arXiv 2312.03262 (the ratio whose ROC the full score
+shares for one target); quantile regression arXiv 2307.03694; label-only arXiv 2007.14321.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgepriv.errors import DataError
+from edgepriv.risk.membership.scores import calibrated_records, check_arrays
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from numpy.typing import NDArray
+
+    Scores = NDArray[np.float64]
+    Masks = NDArray[np.bool_]
+
+__all__ = ["BLOCK", "agreement", "calibrated_difference", "lira", "quantile", "rmia_all", "rmia_out", "threshold"]
+
+BLOCK = 8192
+LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+def threshold(target: Scores) -> Scores:
+    """One global threshold on the target's own score; near one half it proves nothing."""
+    return np.asarray(target, dtype=np.float64)
+
+
+def lira(target: Scores, scores: Scores, masks: Masks) -> Scores:
+    """Log-likelihood ratio of two Gaussians: per-record medians of IN and OUT shadows, one pooled sd for each side.
+
+    Records without two shadows on both sides get NaN, which the evaluation drops.
+    """
+    check_arrays(target, scores, masks)
+    inside, outside = np.empty(len(target)), np.empty(len(target))
+    squares, counts = np.zeros(2), np.zeros(2)
+    good = calibrated_records(masks)
+    for part in _blocks(len(target)):
+        for side, (centre, held) in enumerate(((inside, masks[:, part]), (outside, ~masks[:, part]))):
+            centre[part] = _masked_median(scores[:, part], held)
+            use = held & good[part]
+            squares[side] += np.where(use, (scores[:, part] - centre[part]) ** 2, 0.0).sum()
+            counts[side] += use.sum()
+    spread = np.maximum(squares / np.maximum(counts, 1), 1e-12)
+    ratio = (target - outside) ** 2 / (2 * spread[1]) - (target - inside) ** 2 / (2 * spread[0])
+    return np.where(good, ratio, np.nan)
+
+
+def rmia_all(target: Scores, scores: Scores, masks: Masks) -> Scores:
+    """Log of the target's probability over the mean probability of all references; scores are log-probabilities."""
+    return _ratio(target, scores, np.ones_like(masks))
+
+
+def rmia_out(target: Scores, scores: Scores, masks: Masks) -> Scores:
+    """As ``rmia_all``, with the references that did not hold the record; NaN where there are none."""
+    return _ratio(target, scores, ~masks)
+
+
+def calibrated_difference(target: Scores, scores: Scores, masks: Masks) -> Scores:
+    """Target minus the mean over shadows that did not hold the record: calibrates bounded scores such as agreement."""
+    check_arrays(target, scores, masks)
+    outside = (~masks).sum(axis=0)
+    mean = np.where(masks, 0.0, scores).sum(axis=0) / np.maximum(outside, 1)
+    return np.where(outside > 0, target - mean, np.nan)
+
+
+def quantile(target: Scores, features: Scores, reference: Scores, reference_features: Scores) -> Scores:
+    """Where the target's score stands among scores that non-members with such features get; no shadow models.
+
+    Args:
+        target: scores [n] of the records in question.
+        features: [n, f] what is known of each record (for pictures: a few projections and the class).
+        reference: scores [m] of records known not to be members, with ``reference_features`` [m, f].
+        reference_features: [m, f].
+
+    Raises:
+        DataError: fewer than four references for each feature.
+    """
+    if len(reference) < 4 * (features.shape[1] + 1):
+        raise DataError(
+            f"{len(reference)} known non-members are too few for {features.shape[1]} features",
+            hint="give more non-members or fewer features",
+        )
+    centre, spread = reference_features.mean(axis=0), reference_features.std(axis=0) + 1e-9
+    known, asked = _design(reference_features, centre, spread), _design(features, centre, spread)
+    curves = np.sort(np.stack([asked @ _pinball(known, reference, level) for level in LEVELS]), axis=0)
+    return _position(np.asarray(target, dtype=np.float64), curves)
+
+
+def agreement(
+    predict: Callable[[NDArray[np.uint8]], NDArray[np.int64]],
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    rng: np.random.Generator,
+    *,
+    copies: int = 12,
+    noise: float = 0.15,
+) -> Scores:
+    """Share of noisy copies of each picture that keep its label: all that a label-only attacker can see.
+
+    ``predict`` maps uint8 [n, h, w, c] to labels [n]; ``noise`` is the largest standard deviation over the range of the
+    pixels; half of the copies are also shifted by one pixel.
+    """
+    votes = np.zeros(len(images))
+    for copy in range(copies):
+        moved = np.roll(images, ((0, 0), (1, 0), (-1, 0), (0, 1))[copy % 4], axis=(1, 2))
+        grain = rng.normal(0.0, 255 * noise * (copy + 1) / copies, images.shape)
+        votes += predict(np.clip(moved + grain, 0, 255).astype(np.uint8)) == labels
+    return votes / copies
+
+
+def _blocks(count: int) -> Iterator[slice]:
+    yield from (slice(start, start + BLOCK) for start in range(0, count, BLOCK))
+
+
+def _masked_median(scores: Scores, held: Masks) -> Scores:
+    """Median over axis 0 of the entries that are held; NaN where none is."""
+    ordered = np.sort(np.where(held, scores, np.inf), axis=0)
+    count = held.sum(axis=0)
+    low, high = np.maximum(count - 1, 0) // 2, np.minimum(count // 2, len(scores) - 1)
+    pick = np.take_along_axis(ordered, np.stack([low, high]), axis=0)
+    return np.asarray(np.where(count > 0, np.where(count > 0, pick, 0.0).mean(axis=0), np.nan))
+
+
+def _ratio(target: Scores, scores: Scores, used: Masks) -> Scores:
+    check_arrays(target, scores, used)
+    result = np.empty(len(target))
+    for part in _blocks(len(target)):
+        values = np.where(used[:, part], scores[:, part], -np.inf)
+        count = used[:, part].sum(axis=0)
+        top = np.where(count > 0, values.max(axis=0), 0.0)
+        total = np.log(np.maximum(np.exp(values - top).sum(axis=0), 1e-300))
+        mean = top + total - np.log(np.maximum(count, 1))
+        result[part] = np.where(count > 0, target[part] - mean, np.nan)
+    return result
+
+
+def _design(features: Scores, centre: Scores, spread: Scores) -> Scores:
+    return np.hstack([np.ones((len(features), 1)), (features - centre) / spread])
+
+
+def _pinball(design: Scores, values: Scores, level: float, rounds: int = 40) -> Scores:
+    """Linear quantile regression by iteratively re-weighted least squares with a little ridge."""
+    ridge = 1e-3 * len(design) * np.eye(design.shape[1])
+    scale = values.std() + 1e-9
+    weights = np.linalg.solve(design.T @ design + ridge, design.T @ values)
+    for _ in range(rounds):
+        residual = values - design @ weights
+        importance = np.where(residual > 0, level, 1 - level) / np.maximum(np.abs(residual), 1e-3 * scale)
+        scaled = design * importance[:, None]
+        weights = np.linalg.solve(scaled.T @ design + ridge / scale, scaled.T @ values)
+    return np.asarray(weights, dtype=np.float64)
+
+
+def _position(target: Scores, curves: Scores) -> Scores:
+    """Piecewise linear position of the target among the quantile curves [levels, n]; beyond them, in outer gaps."""
+    gaps = np.maximum(np.diff(curves, axis=0), 1e-6 * (np.abs(curves).max() + 1e-9))
+    inside = np.clip((target - curves[:-1]) / gaps, 0.0, 1.0).sum(axis=0)
+    above = np.maximum(target - curves[-1], 0.0) / gaps.sum(axis=0)
+    below = np.maximum(curves[0] - target, 0.0) / gaps.sum(axis=0)
+    return np.asarray(inside + above - below)

@@ -1,0 +1,126 @@
+"""Train N models through the whole pipeline, each on its own random half of the pool, and keep only their scores.
+
+Each model is once the target; the others are then its shadows. The pipeline is a callable, so the audit judges
+whatever made the training set (a synthetic release, a defence, nothing) without knowing it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgepriv.errors import DataError
+from edgepriv.risk.membership import classifier, released_set
+from edgepriv.risk.membership.attacks import agreement
+from edgepriv.risk.membership.scores import log_probability, margin
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+    from torch.nn import Module
+
+    from edgepriv.risk.membership.classifier import Recipe
+
+    Images = NDArray[np.uint8]
+    Labels = NDArray[np.int64]
+    Pipeline = Callable[[Images, Labels, int], tuple[Images, Labels]]
+
+__all__ = ["ShadowScores", "features_of", "no_defence", "run_shadows"]
+
+FEATURES = 12
+
+
+@dataclass(frozen=True, slots=True)
+class ShadowScores:
+    """Scores of N models on n pool records and m known non-members; [N, n], [N, m]; accuracies [N]."""
+
+    masks: NDArray[np.bool_]
+    margins: NDArray[np.float64]
+    log_probabilities: NDArray[np.float64]
+    agreements: NDArray[np.float64]
+    nearness: NDArray[np.float64] | None
+    reference_margins: NDArray[np.float64]
+    features: NDArray[np.float64]
+    reference_features: NDArray[np.float64]
+    accuracies: NDArray[np.float64]
+
+
+def no_defence(images: Images, labels: Labels, seed: int) -> tuple[Images, Labels]:  # noqa: ARG001
+    """The pipeline that trains on the real records."""
+    return images, labels
+
+
+def run_shadows(
+    pool: tuple[Images, Labels],
+    unseen: tuple[Images, Labels],
+    masks: NDArray[np.bool_],
+    pipeline: Pipeline,
+    recipe: Recipe,
+    *,
+    seed: int,
+    released: bool = True,
+    device: str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> ShadowScores:
+    """Run the pipeline and train a classifier for each row of ``masks`` [N, n].
+
+    Args:
+        pool: the records in question, images uint8 [n, h, w, c] and labels [n].
+        unseen: images no model was trained on: they give the accuracy and the known non-members.
+        masks: membership of each record in each model.
+        pipeline: members and a seed in, the training set out.
+        recipe: how classifiers are trained.
+        seed: model k uses seed + k.
+        released: the training set itself is published, so that it is attacked too.
+        device: torch device.
+        progress: called with (done, all).
+    """
+    images, labels = pool
+    if masks.shape[1:] != (len(images),):
+        raise DataError(f"masks {masks.shape} do not fit {len(images)} records")
+    classes = int(max(labels.max(), unseen[1].max())) + 1
+    rows: list[tuple[NDArray[np.float64], ...]] = []
+    for k, mask in enumerate(masks):
+        made, made_labels = pipeline(images[mask], labels[mask], seed + k)
+        model = classifier.train_classifier(made, made_labels, classes, recipe, seed=seed + k, device=device)
+        near = released_set.nearness(images, labels, made, made_labels) if released else np.zeros(0)
+        rows.append((*_scores(model, pool, unseen, seed + k), near))
+        if progress:
+            progress(k + 1, len(masks))
+    margins, logs, agreements, reference, accuracies, near = (np.stack(column) for column in zip(*rows, strict=True))
+    features, reference_features = features_of(images, labels, *unseen)
+    nearness = near if released else None
+    return ShadowScores(
+        masks, margins, logs, agreements, nearness, reference, features, reference_features, accuracies.ravel()
+    )
+
+
+def _scores(
+    model: Module, pool: tuple[Images, Labels], unseen: tuple[Images, Labels], seed: int
+) -> tuple[NDArray[np.float64], ...]:
+    own, other = classifier.logits(model, pool[0]), classifier.logits(model, unseen[0])
+    votes = agreement(lambda x: classifier.logits(model, x).argmax(1), *pool, np.random.default_rng(seed), copies=6)
+    accuracy = np.array([(other.argmax(1) == unseen[1]).mean()])
+    return margin(own, pool[1]), log_probability(own, pool[1]), votes, margin(other, unseen[1]), accuracy
+
+
+def features_of(
+    images: Images, labels: Labels, reference: Images, reference_labels: Labels
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """For the quantile attack: principal components of the non-members' pixels, and the class as one-hot."""
+    flat, known = _flat(images), _flat(reference)
+    centre = known.mean(axis=0)
+    keep = min(FEATURES, len(known) // 8, known.shape[1])
+    axes = np.linalg.eigh((known - centre).T @ (known - centre))[1][:, -keep:]
+    eye = np.eye(int(max(labels.max(), reference_labels.max())) + 1)[:, 1:]
+    return (
+        np.hstack([(flat - centre) @ axes, eye[labels]]),
+        np.hstack([(known - centre) @ axes, eye[reference_labels]]),
+    )
+
+
+def _flat(images: Images) -> NDArray[np.float64]:
+    return images.reshape(len(images), -1).astype(np.float64) / 255.0

@@ -1,0 +1,271 @@
+"""Train a VAE: plainly or by DP-SGD (opacus), seeded, resumable after each epoch, on any torch device.
+
+Rules: each epoch draws from a generator seeded by (seed, epoch), so a resumed run ends with the same weights; a
+checkpoint is one safetensors file, readable by its owner only, because weights that saw private records leak.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from edgepriv.errors import ConfigError, DataError, MissingDependencyError
+from edgepriv.synthesis.vae import Vae, VaeConfig, vae_loss
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    Progress = Callable[[int, int], None]
+
+__all__ = ["DpSgd", "load_vae", "noise_multiplier_for", "save_vae", "to_tensor", "train_vae"]
+
+FORMAT = "edgepriv.vae/1"
+
+
+@dataclass(frozen=True, slots=True)
+class DpSgd:
+    """Train by DP-SGD to (epsilon, delta) under add-or-remove-one; gradients are clipped to ``max_grad_norm``."""
+
+    epsilon: float
+    delta: float = 1e-5
+    max_grad_norm: float = 1.0
+
+
+def to_tensor(images: NDArray[np.uint8], device: str = "cpu") -> torch.Tensor:
+    """Images uint8 [n, h, w, c] as float32 [n, c, h, w] in 0..1."""
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).to(device).float() / 255.0
+
+
+def train_vae(
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    config: VaeConfig,
+    *,
+    seed: int,
+    device: str = "cpu",
+    dp: DpSgd | None = None,
+    checkpoint: Path | None = None,
+    progress: Progress | None = None,
+) -> Vae:
+    """Train on images uint8 [n, h, w, c] and labels [n]; resume from ``checkpoint`` where it exists.
+
+    Raises:
+        DataError: fewer images than latent dimensions, or a shape that is not the configuration's.
+        ConfigError: the checkpoint belongs to another configuration.
+    """
+    _check(images, labels, config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = Vae(config).to(device)
+    trainer = _DpTrainer(vae, dp, len(images), seed) if dp else _PlainTrainer(vae, seed)
+    start = _resume(checkpoint, trainer) if checkpoint and checkpoint.exists() else 0
+    x, y = to_tensor(images, device), torch.from_numpy(np.ascontiguousarray(labels)).to(device)
+    vae.train()
+    for epoch in range(start, config.epochs):
+        trainer.epoch(x, y, epoch)
+        if checkpoint:
+            _write(checkpoint, trainer.state(), {**config.as_dict(), "epoch": epoch + 1})
+        if progress:
+            progress(epoch + 1, config.epochs)
+    vae.eval()
+    if not all(torch.isfinite(p).all() for p in vae.parameters()):
+        raise DataError("the VAE's training diverged", hint="lower the learning rate")
+    return vae
+
+
+class _PlainTrainer:
+    """AdamW over shuffled batches."""
+
+    def __init__(self, vae: Vae, seed: int) -> None:
+        self.vae, self.seed = vae, seed
+        self.optimizer: Any = torch.optim.AdamW(vae.parameters(), lr=vae.config.learning_rate)
+        self.inner: Any = self.optimizer
+        self.call: Any = vae
+
+    def batches(self, count: int, draw: torch.Generator) -> Iterator[torch.Tensor]:
+        """Yield the rows of each batch."""
+        yield from torch.split(torch.randperm(count, generator=draw), self.vae.config.batch_size)
+
+    def epoch(self, x: torch.Tensor, y: torch.Tensor, epoch: int) -> None:
+        """Make one pass over the records."""
+        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        for rows in self.batches(len(x), draw):
+            keep = 1.0 if len(rows) else 0.0  # an empty Poisson batch still takes its noisy step
+            rows = rows.to(x.device) if len(rows) else torch.zeros(1, dtype=torch.int64, device=x.device)  # noqa: PLW2901
+            noise = torch.randn(len(rows), self.vae.config.latent_dim, generator=draw).to(x.device)
+            logits, mean, log_variance = self.call(x[rows], y[rows], noise)
+            loss = keep * vae_loss(x[rows], logits, mean, log_variance, self.vae.config.beta)
+            self.optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Weights and moments as named tensors."""
+        tensors = {f"model.{key}": value for key, value in self.vae.state_dict().items()}
+        for index, slots in self.inner.state_dict()["state"].items():
+            tensors.update({f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in slots.items()})
+        return {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+
+    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take up weights and moments again."""
+        self.vae.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith("optimizer."):
+                _, index, name = key.split(".")
+                state.setdefault(int(index), {})[name] = value
+        self.inner.load_state_dict({**self.inner.state_dict(), "state": state})
+
+
+class _DpTrainer(_PlainTrainer):
+    """DP-SGD: Poisson batches, one clipped gradient a record, Gaussian noise on the sum (opacus)."""
+
+    def __init__(self, vae: Vae, dp: DpSgd, count: int, seed: int) -> None:
+        super().__init__(vae, seed)
+        grad_sample, optimizers = _opacus()
+        self.rate = min(1.0, vae.config.batch_size / count)
+        steps = vae.config.epochs * _steps_per_epoch(self.rate)
+        self.call = grad_sample.GradSampleModule(vae)
+        self.optimizer = optimizers.DPOptimizer(
+            self.inner,
+            noise_multiplier=noise_multiplier_for(dp, self.rate, steps),
+            max_grad_norm=dp.max_grad_norm,
+            expected_batch_size=vae.config.batch_size,
+            generator=None,
+        )
+
+    def batches(self, count: int, draw: torch.Generator) -> Iterator[torch.Tensor]:
+        """Independent coin flips a record, which is what the accountant assumes."""
+        for _ in range(_steps_per_epoch(self.rate)):
+            yield torch.nonzero(torch.rand(count, generator=draw) < self.rate).flatten()
+
+    def epoch(self, x: torch.Tensor, y: torch.Tensor, epoch: int) -> None:
+        """Make one pass; the optimiser's noise is seeded by (seed, epoch) as everything else is."""
+        self.optimizer.generator = torch.Generator(x.device).manual_seed(self.seed * 1_000_003 + epoch + 500_009)
+        with warnings.catch_warnings():  # opacus hooks layers whose input needs no gradient; torch warns of that
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            super().epoch(x, y, epoch)
+        self.optimizer.zero_grad()
+
+
+def noise_multiplier_for(dp: DpSgd, rate: float, steps: int) -> float:
+    """Gaussian noise over clip norm that spends (epsilon, delta) in ``steps`` Poisson batches of share ``rate``.
+
+    dp-accounting's privacy-loss distribution (tight), by bisection to 1e-3; the returned value never overspends.
+    """
+    if not dp.epsilon > 0 or not 0 < dp.delta < 1:
+        raise ConfigError(f"DP-SGD needs a positive epsilon and a delta below 1, not {dp.epsilon} and {dp.delta}")
+    low, high = 0.2, 0.4
+    while _spent(high, rate, steps, dp.delta) > dp.epsilon:
+        low, high = high, high * 2
+        if high > 1000:
+            raise ConfigError(f"no noise reaches epsilon {dp.epsilon} in {steps} steps: train for fewer epochs")
+    while high - low > 1e-3 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if _spent(middle, rate, steps, dp.delta) > dp.epsilon else (low, middle)
+    return high
+
+
+def _spent(sigma: float, rate: float, steps: int, delta: float) -> float:
+    try:
+        from dp_accounting import dp_event, pld
+    except ImportError as error:
+        raise MissingDependencyError("DP-SGD needs dp-accounting", hint="pip install 'edgepriv[server]'") from error
+    accountant = pld.PLDAccountant(value_discretization_interval=1e-3)
+    event = dp_event.PoissonSampledDpEvent(rate, dp_event.GaussianDpEvent(sigma))
+    return float(accountant.compose(event, steps).get_epsilon(delta))
+
+
+def _steps_per_epoch(rate: float) -> int:
+    return max(1, round(1.0 / rate))
+
+
+def _opacus() -> tuple[Any, Any]:
+    try:
+        from opacus import grad_sample, optimizers
+    except ImportError as error:
+        raise MissingDependencyError("DP-SGD needs opacus", hint="pip install 'edgepriv[server]'") from error
+    return grad_sample, optimizers
+
+
+def _check(images: NDArray[np.uint8], labels: NDArray[np.int64], config: VaeConfig) -> None:
+    expected = (config.height, config.width, config.channels)
+    if images.ndim != 4 or images.shape[1:] != expected or images.dtype != np.uint8:
+        raise DataError(f"the VAE takes uint8 images {expected}, not {images.dtype} {images.shape}")
+    if len(images) != len(labels):
+        raise DataError(f"{len(images)} images but {len(labels)} labels")
+    if len(images) < config.latent_dim:
+        raise DataError(
+            f"{len(images)} images are fewer than the {config.latent_dim} latent dimensions",
+            hint="give more images or a smaller --latent-dim",
+        )
+    if config.classes and (labels.min() < 0 or labels.max() >= config.classes):
+        raise DataError(f"labels must lie in 0..{config.classes - 1}")
+
+
+def save_vae(path: Path, vae: Vae) -> None:
+    """Write the weights and the configuration as one safetensors file, readable by its owner only."""
+    tensors = {f"model.{k}": v.detach().cpu().contiguous() for k, v in vae.state_dict().items()}
+    _write(path, tensors, vae.config.as_dict())
+
+
+def load_vae(path: Path, device: str = "cpu") -> Vae:
+    """Read what ``save_vae`` wrote.
+
+    Raises:
+        DataError: the file is not a VAE of this format.
+    """
+    tensors, header = _read(path)
+    fields = {k: v for k, v in header.items() if k in VaeConfig.__dataclass_fields__}
+    try:
+        vae = Vae(VaeConfig(**fields))
+        vae.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+    except (TypeError, RuntimeError) as error:
+        raise DataError(f"{path} does not fit its own configuration") from error
+    return vae.to(device).eval()
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
+    from safetensors.torch import save
+
+    data = save(tensors, metadata={"format": FORMAT, "config": json.dumps(header)})
+    partial = path.with_name(path.name + ".part")
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(path)
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        header = json.loads(metadata["config"])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise DataError(f"{path} is not a VAE that edgepriv wrote") from error
+    return tensors, dict(header)
+
+
+def _resume(path: Path, trainer: _PlainTrainer) -> int:
+    tensors, header = _read(path)
+    epoch = int(header.pop("epoch", 0))
+    if header != trainer.vae.config.as_dict():
+        raise ConfigError(
+            f"{path} belongs to another configuration", hint="remove it, or repeat the command that wrote it"
+        )
+    trainer.restore(tensors)
+    return epoch
