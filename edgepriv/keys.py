@@ -42,7 +42,7 @@ class PublicIdentity:
 
         return hashlib.sha256(self.x25519).digest()[:8]
 
-    def verify(self, use: str, message: bytes, signature: bytes) -> None:
+    def verify(self, use: str, message: primitives.Buffer, signature: bytes) -> None:
         """Check this party's signature for one use, or raise AuthenticationError."""
         primitives.verify(self.ed25519, use, message, signature)
 
@@ -75,7 +75,7 @@ class Identity:
         """The full name."""
         return self.public.name
 
-    def sign(self, use: str, message: bytes) -> bytes:
+    def sign(self, use: str, message: primitives.Buffer) -> bytes:
         """Sign for one use (64 bytes)."""
         return primitives.sign(self._ed25519, use, message)
 

@@ -54,8 +54,16 @@ class Backend(Protocol):
         """Start AES-256-CTR (zero counter block) or ChaCha20 (zero nonce) under a single-use key."""
         ...
 
+    def mask(self, alg: Alg, key: bytes, data: Buffer, out: Any) -> None:
+        """Write ``data`` XOR the AEAD's own key stream under a single-use key to ``out`` (may be the same memory).
+
+        The stream is AES-256-CTR from counter block 2, which is what AES-256-GCM adds under the zero nonce, or
+        ChaCha20 from block 1, which is what ChaCha20-Poly1305 adds; so that a library may use its fastest code.
+        """
+        ...
+
     def seal_into(self, alg: Alg, key: bytes, nonce: bytes, data: Buffer, aad: Buffer, out: Any) -> None:
-        """Encrypt ``data`` to ``out`` (``len(data) + 16`` bytes: ciphertext, tag)."""
+        """Encrypt ``data`` to ``out`` (``len(data) + 16`` bytes: ciphertext, tag), which may begin at ``data``."""
         ...
 
     def open_into(self, alg: Alg, key: bytes, nonce: bytes, sealed: Buffer, aad: Buffer, out: Any) -> None:
@@ -121,6 +129,16 @@ def backend(name: str = "auto") -> Backend:
 def hkdf(key: bytes, length: int, *, salt: bytes = b"", info: bytes) -> bytes:
     """HKDF-SHA256; ``info`` is the one label of this use."""
     return backend().hkdf(key, length, salt=salt, info=info)
+
+
+def hkdf_extract(key: bytes, salt: bytes) -> bytes:
+    """First half of HKDF-SHA256 (RFC 5869): a pseudo-random key from ``key`` and a salt."""
+    return hmac.digest(salt, key, "sha256")
+
+
+def hkdf_expand(prk: bytes, info: bytes) -> bytes:
+    """Second half of HKDF-SHA256 for one block: 32 bytes for the one use that ``info`` names."""
+    return hmac.digest(prk, info + b"\x01", "sha256")
 
 
 def aead_seal(key: bytes, nonce: bytes, data: Buffer, aad: Buffer = b"", *, alg: Alg = AES_GCM) -> bytes:

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, Suite
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.poly1305 import Poly1305
 
-from edgepriv.primitives import AES_GCM, TAG_BYTES, ZERO_NONCE, Alg, Buffer, KeyStream, not_authentic
+from edgepriv.primitives import AES_GCM, TAG_BYTES, ZERO_NONCE, Alg, Buffer, KeyStream, cpu, not_authentic
 
 _SUITE = Suite(KEM.X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM)
 
@@ -47,6 +47,17 @@ class OpenSSLBackend:
         if alg == AES_GCM:
             return _Stream(Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor())
         return _Stream(Cipher(algorithms.ChaCha20(key, bytes(16)), None).encryptor())
+
+    def mask(self, alg: Alg, key: bytes, data: Buffer, out: Any) -> None:
+        """See Backend. OpenSSL's GCM is up to twice as fast as its CTR where AES is wide (VAES)."""
+        if alg != AES_GCM:
+            start = (1).to_bytes(4, "little") + ZERO_NONCE
+            context = Cipher(algorithms.ChaCha20(key, start), None).encryptor()
+        elif "vaes" in cpu.flags():
+            context = Cipher(algorithms.AES(key), modes.GCM(ZERO_NONCE)).encryptor()
+        else:
+            context = Cipher(algorithms.AES(key), modes.CTR((2).to_bytes(16, "big"))).encryptor()
+        context.update_into(data, out)
 
     def seal_into(self, alg: Alg, key: bytes, nonce: bytes, data: Buffer, aad: Buffer, out: Any) -> None:
         """See Backend."""

@@ -49,6 +49,15 @@ class PortableBackend:
             return _Stream(AES.new(key, AES.MODE_CTR, nonce=b"", initial_value=bytes(16)))
         return _Stream(ChaCha20.new(key=key, nonce=ZERO_NONCE))
 
+    def mask(self, alg: Alg, key: bytes, data: Buffer, out: Any) -> None:
+        """See Backend."""
+        if alg == AES_GCM:
+            cipher = AES.new(key, AES.MODE_CTR, nonce=b"", initial_value=2)
+        else:
+            cipher = ChaCha20.new(key=key, nonce=ZERO_NONCE)
+            cipher.seek(64)
+        cipher.encrypt(data, output=out)
+
     def seal_into(self, alg: Alg, key: bytes, nonce: bytes, data: Buffer, aad: Buffer, out: Any) -> None:
         """See Backend."""
         cipher, view = _aead(alg, key, nonce), memoryview(out).cast("B")
