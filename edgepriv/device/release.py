@@ -35,6 +35,7 @@ class Released:
     """What leaves the device for one frame: integer rows as in `edgepriv.wire.output`, and their bound in bits."""
 
     inference: Inference
+    task: str
     policy: str
     bits: float
     decimals: int
@@ -259,6 +260,12 @@ def _descending(parts: int, total: int) -> int:
         for s in range(size, total + 1):
             ways[s] += ways[s - size]
     return sum(ways)
+
+
+def release(policy: ReleasePolicy, inference: Inference) -> Released:
+    """Apply a policy to one inference and state its bound."""
+    size = len(inference.logits) or 1
+    return Released(inference, policy.task, policy.name, policy.bits(size), policy.decimals, policy.release(inference))
 
 
 def parse_policy(spec: str) -> ReleasePolicy:

@@ -1,0 +1,116 @@
+"""The device's configuration file, as frozen dataclasses; the example in deploy/examples/device.toml explains it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path  # noqa: TC003 - the settings reader resolves the annotations
+from typing import Any
+
+from edgepriv.settings import load_settings
+
+
+@dataclass(frozen=True, slots=True)
+class IdentityConfig:
+    """``[device]``: who this is and whom it believes. Paths of files; ``gateway`` is a full name."""
+
+    key: Path
+    trust: Path
+    owner: Path
+    gateway: str
+    state: Path
+    shard: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerConfig:
+    """``[broker]``: where the broker is and how to log in."""
+
+    url: str
+    ca: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+    username: str | None = None
+    password_file: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """``[model]``: a plain ONNX file, or a carrier with a permission, and how many threads to use."""
+
+    path: Path
+    permission: Path | None = None
+    threads: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseConfig:
+    """``[release]``: what may leave. ``bits_per_scene`` 0 means no budget."""
+
+    policy: str = "argmax"
+    bits_per_scene: float = 0.0
+    scene_window_s: float = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class SealConfig:
+    """``[seal]``: the cipher's profile and when keys change. ``images = false`` seals and sends outputs only."""
+
+    images: bool = True
+    profile: str = "flep3"
+    alg: str = "auto"
+    frames_per_epoch: int = 10_000
+    epoch_s: float = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class SpoolConfig:
+    """``[spool]``: how much may wait and what is dropped first."""
+
+    max_mb: float = 512.0
+    max_rows: int = 100_000
+    drop: str = "oldest"
+    commit_frames: int = 8
+    commit_s: float = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class RoundsConfig:
+    """``[rounds]``: taking part in federated rounds. The floors are the device's own; no announcement lowers them."""
+
+    take_part: bool = True
+    labels: Path | None = None
+    max_samples: int = 2000
+    min_samples: int = 8
+    min_cohort: int = 2
+    require_masks: bool = False
+    epsilon_budget: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class RunConfig:
+    """``[run]``: pace and end. ``frames`` 0 runs until stopped; ``linger_s`` waits for acknowledgements at the end."""
+
+    frames: int = 0
+    interval_s: float = 0.0
+    linger_s: float = 10.0
+    status_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceConfig:
+    """The whole file."""
+
+    device: IdentityConfig
+    broker: BrokerConfig
+    model: ModelConfig
+    source: dict[str, Any]
+    release: ReleaseConfig = field(default_factory=ReleaseConfig)
+    seal: SealConfig = field(default_factory=SealConfig)
+    spool: SpoolConfig = field(default_factory=SpoolConfig)
+    rounds: RoundsConfig = field(default_factory=RoundsConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def load_config(path: Path) -> DeviceConfig:
+    """Read and check a device configuration (ConfigError, MissingFileError)."""
+    return load_settings(DeviceConfig, path)

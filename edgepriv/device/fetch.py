@@ -1,0 +1,101 @@
+"""Pulling objects from the gateway: models and global weights, in chunks, resumable, checked by SHA-256.
+
+The device asks for ranges and so bounds the broker's queue itself. Chunks go to a file; an object is handed on only
+when its digest is right, otherwise it is thrown away and counted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, BinaryIO
+
+from edgepriv.errors import WireError
+from edgepriv.wire.messages import Chunk, Fetch
+from edgepriv.wire.transfer import REF_BYTES, Download, chunk_bytes_for
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from edgepriv.mqtt import Link
+
+
+@dataclass(slots=True)
+class _Pull:
+    digest: bytes
+    size: int
+    path: Path
+    download: Download
+    chunk_bytes: int
+
+
+class Fetcher:
+    """Downloads by digest into ``folder``; one file a digest."""
+
+    def __init__(self, folder: Path, link: Link, send: Callable[[Fetch], bool], *, max_bytes: int) -> None:
+        self._folder, self._link, self._send, self.max_bytes = folder, link, send, max_bytes
+        self._pulls: dict[bytes, _Pull] = {}
+        self.failed = 0
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def want(self, digest: bytes, size: int) -> Path | None:
+        """Ask for an object; its path when it is there, else None (ask again after a while).
+
+        Raises:
+            WireError: the announced size is over the limit.
+        """
+        path = self._folder / digest.hex()
+        if path.is_file():
+            return path
+        ref = digest[:REF_BYTES]
+        if ref not in self._pulls:
+            if not 0 < size <= self.max_bytes:
+                raise WireError(f"an object of {size} bytes is over the limit of {self.max_bytes}")
+            chunk = chunk_bytes_for(self._link.max_packet_bytes)
+            part = path.with_suffix(".part")
+            part.write_bytes(b"")
+            self._pulls[ref] = _Pull(digest, size, part, Download(size, chunk), chunk)
+        return None
+
+    def step(self, now: float) -> None:
+        """Send the requests that are due."""
+        for ref, pull in self._pulls.items():
+            for first, count in pull.download.wants(now):
+                if not self._send(Fetch(ref, first, count, pull.chunk_bytes)):
+                    return
+
+    def on_chunk(self, chunk: Chunk) -> None:
+        """Store a chunk; unknown references and duplicates are ignored, misfits are WireErrors."""
+        pull = self._pulls.get(chunk.ref)
+        if pull is None or not pull.download.accept(chunk.index, len(chunk.data)):
+            return
+        with pull.path.open("r+b") as file:
+            file.seek(chunk.index * pull.chunk_bytes)
+            file.write(chunk.data)
+        if pull.download.complete:
+            self._finish(chunk.ref, pull)
+
+    def _finish(self, ref: bytes, pull: _Pull) -> None:
+        del self._pulls[ref]
+        with pull.path.open("rb") as file:
+            digest = _sha256(file)
+        if digest == pull.digest:
+            pull.path.rename(pull.path.with_suffix(""))
+        else:
+            pull.path.unlink()
+            self.failed += 1
+
+    def forget(self, keep: set[bytes]) -> None:
+        """Delete finished objects that are not in ``keep``."""
+        names = {digest.hex() for digest in keep}
+        for path in self._folder.iterdir():
+            if path.suffix != ".part" and path.name not in names:
+                path.unlink(missing_ok=True)
+
+
+def _sha256(file: BinaryIO) -> bytes:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.digest()

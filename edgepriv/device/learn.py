@@ -1,0 +1,229 @@
+"""Learning on the device: labelled features in memory, and this device's part in federated rounds.
+
+Only features of the frozen backbone are kept, in memory and bounded; no frame and no feature is written to disk.
+Labels come from the scene (simulation), from a labelled folder, or from a file that ``edgepriv device label`` appends
+to; frames without a label are never trained on. The device trains the softmax head with numpy, or hands the round to
+another trainer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgepriv.errors import DataError, WireError
+from edgepriv.federated import head
+from edgepriv.federated.local_update import LocalUpdate
+from edgepriv.federated.participant import EndRound, FetchModel, Participant, RoundPolicy, Send, Upload
+from edgepriv.wire.update import decode_update
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from edgepriv.device.config import RoundsConfig
+    from edgepriv.device.fetch import Fetcher
+    from edgepriv.device.infer import Inference
+    from edgepriv.federated.local_update import RoundSettings, Trainer
+    from edgepriv.federated.participant import Action
+    from edgepriv.keys import Identity
+    from edgepriv.wire.messages import RoundMessage
+    from edgepriv.wire.trust import TrustList
+
+UNLABELLED_KEPT = 500
+
+
+class Samples:
+    """Features with labels, newest kept; features without one wait a while for it."""
+
+    def __init__(self, max_samples: int, labels_file: Path | None) -> None:
+        self._labelled: OrderedDict[str, tuple[NDArray[np.float32], int]] = OrderedDict()
+        self._waiting: OrderedDict[str, NDArray[np.float32]] = OrderedDict()
+        self._max, self._file, self._read_to = max_samples, labels_file, 0
+        self.bad_labels = 0
+
+    def add(self, name: str, features: NDArray[np.float32], label: int | None) -> None:
+        """Keep one frame's features."""
+        if label is None:
+            self._waiting[name] = features
+            if len(self._waiting) > UNLABELLED_KEPT:
+                self._waiting.popitem(last=False)
+            return
+        self._labelled[name] = (features, label)
+        if len(self._labelled) > self._max:
+            self._labelled.popitem(last=False)
+
+    def read_labels(self) -> None:
+        """Take new lines of the labels file: ``{"frame": name, "label": index}``; bad lines are counted."""
+        if self._file is None or not self._file.is_file() or self._file.stat().st_size <= self._read_to:
+            return
+        with self._file.open("rb") as file:
+            file.seek(self._read_to)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break  # being written
+                self._read_to += len(line)
+                self._take(line)
+
+    def _take(self, line: bytes) -> None:
+        try:
+            entry = json.loads(line)
+            name, label = str(entry["frame"]), int(entry["label"])
+        except (ValueError, KeyError, TypeError):
+            self.bad_labels += 1
+            return
+        features = self._waiting.pop(name, None)
+        if features is not None:
+            self.add(name, features, label)
+
+    def arrays(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Features [n, d] and labels [n]."""
+        if not self._labelled:
+            return np.zeros((0, 0), np.float32), np.zeros(0, np.int64)
+        rows = list(self._labelled.values())
+        return np.stack([f for f, _ in rows]), np.array([label for _, label in rows], np.int64)
+
+    def __len__(self) -> int:
+        return len(self._labelled)
+
+
+class Learner:
+    """Joins rounds, trains and adopts new heads. The runtime carries out what it asks for."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        trust: TrustList,
+        config: RoundsConfig,
+        *,
+        state: Path,
+        fetcher: Fetcher,
+        send: Callable[[Any], bool],
+        spool_upload: Callable[[int, bytes], None],
+        drop_upload: Callable[[int], None],
+        trainable: tuple[str, ...],
+        metas: dict[int, dict[str, Any]],
+        trainer: Trainer | None = None,
+    ) -> None:
+        self.samples = Samples(config.max_samples, config.labels)
+        self._config, self._state, self._fetcher, self._send = config, state, fetcher, send
+        self._spool_upload, self._drop_upload = spool_upload, drop_upload
+        policy = RoundPolicy(
+            trainable=trainable or ("head.*",),
+            privacy="masked" if config.require_masks else "any",
+            min_cohort=config.min_cohort,
+            max_epsilon=config.epsilon_budget or None,
+        )
+        saved = self._state_file.read_bytes() if self._state_file.is_file() else b""
+        self.participant = Participant(identity, trust, policy, trainer or self._train, state=saved)
+        self.head: Mapping[str, NDArray[Any]] | None = None
+        self.head_digest = b""
+        self.metas = metas
+        self._fetch: FetchModel | None = None
+        self._adopt: tuple[bytes, int] | None = None
+        self._load_head()
+
+    @property
+    def _state_file(self) -> Path:
+        return self._state / "rounds.cbor"
+
+    @property
+    def _head_file(self) -> Path:
+        return self._state / "head.epu"
+
+    # --- inference ----------------------------------------------------------------------------------------
+
+    def observe(self, inference: Inference, name: str) -> None:
+        """Keep a frame's features for training, where the model gives any."""
+        if len(inference.features) and self._config.take_part:
+            self.samples.add(name, inference.features, inference.frame.label)
+
+    def logits(self, inference: Inference) -> NDArray[np.float32] | None:
+        """Logits by the federated head, or None while there is none for this model."""
+        if self.head is None or not len(inference.features):
+            return None
+        weight, bias = self.head[head.WEIGHT], self.head[head.BIAS]
+        if weight.shape[1] != len(inference.features):
+            return None
+        return np.asarray(head.apply_head(inference.features[None], weight, bias)[0], np.float32)
+
+    def _train(self, weights: Mapping[str, NDArray[Any]], settings: RoundSettings) -> LocalUpdate:
+        features, labels = self.samples.arrays()
+        if len(labels) < self._config.min_samples:
+            return LocalUpdate({}, 0)
+        classes = len(weights[head.BIAS])
+        keep = labels < classes
+        if not keep.all():
+            raise DataError("a label is outside the round's classes", hint="check the labels file")
+        delta = head.train_head(weights, features, labels, settings.recipe, seed=settings.seed)
+        return LocalUpdate({n: np.asarray(t, np.float32) for n, t in delta.items()}, len(labels))
+
+    # --- rounds -------------------------------------------------------------------------------------------
+
+    def receive(self, message: RoundMessage, now: float) -> None:
+        """Handle a step of a round (WireError when it is not one)."""
+        if self._config.take_part:
+            self._carry_out(self.participant.receive(message, now))
+
+    def step(self, now: float) -> None:
+        """Once a step of the runtime: labels, downloads and deadlines."""
+        self.samples.read_labels()
+        self._carry_out(self.participant.tick(now))
+        if self._fetch is not None:
+            path = self._fetcher.want(self._fetch.digest, self._fetch.size)
+            if path is not None:
+                number, self._fetch = self._fetch.round, None
+                self._carry_out(self.participant.model_ready(number, path.read_bytes()))
+        if self._adopt is not None:
+            path = self._fetcher.want(*self._adopt)
+            if path is not None:
+                self._adopt_head(path.read_bytes(), self._adopt[0])
+                self._adopt = None
+
+    def _carry_out(self, actions: list[Action]) -> None:
+        self._save()
+        for action in actions:
+            match action:
+                case Send(message):
+                    self._send(message)
+                case FetchModel():
+                    self._fetch = action
+                case Upload(number, payload, meta, _):
+                    self.metas[number] = meta
+                    self._spool_upload(number, payload)
+                case EndRound(number, _, adopt, adopt_bytes):
+                    self._drop_upload(number)
+                    self.metas.pop(number, None)
+                    if self._fetch is not None and self._fetch.round == number:
+                        self._fetch = None
+                    if adopt:
+                        self._adopt = (adopt, adopt_bytes)
+
+    def _save(self) -> None:
+        if self.participant.dirty:
+            temporary = self._state_file.with_suffix(".part")
+            temporary.write_bytes(self.participant.state())
+            temporary.rename(self._state_file)
+
+    def _adopt_head(self, raw: bytes, digest: bytes) -> None:
+        tensors = decode_update(raw, max_bytes=self._fetcher.max_bytes).tensors
+        if head.WEIGHT in tensors and head.BIAS in tensors:
+            self.head, self.head_digest = tensors, digest
+            temporary = self._head_file.with_suffix(".part")
+            temporary.write_bytes(raw)
+            temporary.rename(self._head_file)
+
+    def _load_head(self) -> None:
+        if self._head_file.is_file():
+            import hashlib
+
+            raw = self._head_file.read_bytes()
+            try:
+                self._adopt_head(raw, hashlib.sha256(raw).digest())
+            except WireError:
+                self._head_file.unlink()

@@ -1,0 +1,311 @@
+"""Stage 5, spool: what was accepted is never forgotten; the broker is not a store.
+
+Rules: an item stays until the gateway's own acknowledgement. SQLite in WAL mode with ``synchronous=FULL``; several
+frames share one commit, because each commit is a disk sync. Objects over 1 MB are files: written, synced and renamed
+before their row exists. The spool is bounded in bytes and rows with a stated drop policy: ``oldest`` drops the oldest
+frames, then the oldest outputs; ``refuse`` refuses new items. An epoch record is never dropped before its last item,
+and an update of a round is never dropped. Every drop is counted. Nothing in here opens anything: frames are sealed,
+outputs are sealed, and the keys of both live in the memory of the process that made them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sqlite3
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgepriv.errors import ConfigError, StorageFullError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from edgepriv.device.seal import SealedItem
+
+FILE_BYTES = 1 << 20
+DROP_POLICIES = ("oldest", "refuse")
+SCHEMA = """
+CREATE TABLE items (
+  id INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT NOT NULL, digest BLOB NOT NULL UNIQUE, epoch BLOB NOT NULL,
+  size INTEGER NOT NULL, payload BLOB, file TEXT, round INTEGER NOT NULL DEFAULT 0, held INTEGER NOT NULL DEFAULT 0);
+CREATE INDEX items_by_epoch ON items (epoch);
+CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
+PRAGMA user_version = 1;
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """An item's row without its bytes."""
+
+    id: int
+    kind: str
+    digest: bytes
+    epoch: bytes
+    size: int
+    round: int
+
+
+class Spool:
+    """The durable queue of one device."""
+
+    def __init__(self, folder: Path, *, max_bytes: int, max_rows: int = 100_000, drop: str = "oldest") -> None:
+        if drop not in DROP_POLICIES:
+            raise ConfigError(f"unknown drop policy {drop!r}", hint=f"use {' or '.join(DROP_POLICIES)}")
+        self.folder, self.max_bytes, self.max_rows, self.drop = folder, max_bytes, max_rows, drop
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._db = self._open()
+        self._count, self._stored = self._totals()
+        self._sweep()
+
+    # --- filling ------------------------------------------------------------------------------------------
+
+    def add(self, items: list[SealedItem]) -> None:
+        """Add items to the open transaction; they are durable after `commit`.
+
+        Raises:
+            StorageFullError: no room under the policy, or the disk is full. Nothing of this call was added.
+        """
+        need = sum(len(item.payload) for item in items)
+        self._make_room(need, len(items))
+        try:
+            with self._savepoint():
+                for item in items:
+                    self._insert(item)
+        except (OSError, sqlite3.OperationalError) as error:
+            if not _is_full(error):
+                raise
+            raise StorageFullError(
+                "the disk of the spool is full", hint="free space, or lower [spool] max_mb"
+            ) from error
+
+    def _insert(self, item: SealedItem) -> None:
+        file = self._write_file(item) if len(item.payload) > FILE_BYTES else None
+        cursor = self._db.execute(
+            "INSERT OR IGNORE INTO items (kind, digest, epoch, size, payload, file, round) VALUES (?,?,?,?,?,?,?)",
+            (item.kind, item.digest, item.epoch, len(item.payload), None if file else item.payload, file, item.round),
+        )
+        if cursor.rowcount:
+            self._count += 1
+            self._stored += len(item.payload)
+
+    def _write_file(self, item: SealedItem) -> str:
+        name = item.digest.hex()
+        temporary = self.folder / f"{name}.part"
+        with temporary.open("wb") as file:
+            file.write(item.payload)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(self.folder / name)
+        folder = os.open(self.folder, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+        return name
+
+    def _has_room(self, need: int, rows: int) -> bool:
+        return self._stored + need <= self.max_bytes and self._count + rows <= self.max_rows
+
+    def _make_room(self, need: int, rows: int) -> None:
+        query = "SELECT id, file, size FROM items WHERE kind = ? ORDER BY id"
+        for kind in ("frame", "output") if self.drop == "oldest" else ():
+            if self._has_room(need, rows):
+                return
+            for item in self._db.execute(query, (kind,)).fetchall():
+                if self._has_room(need, rows):
+                    return
+                self._delete(*item)
+                self.count(f"dropped_{kind}s")
+        if not self._has_room(need, rows):
+            raise StorageFullError(
+                f"the spool holds {self._stored} of {self.max_bytes} bytes and has no room",
+                hint="is the gateway reachable? raise [spool] max_mb, or set drop = 'oldest'",
+            )
+
+    def commit(self) -> None:
+        """Make everything added so far durable."""
+        try:
+            self._db.commit()
+        except sqlite3.OperationalError as error:
+            self._db.rollback()
+            self._count, self._stored = self._totals()
+            if not _is_full(error):
+                raise
+            raise StorageFullError("the disk of the spool is full", hint="free space") from error
+
+    # --- emptying -----------------------------------------------------------------------------------------
+
+    def waiting(self, limit: int, *, after: int = 0) -> list[Waiting]:
+        """Rows in order of arrival, without their bytes; held items are left out."""
+        rows = self._db.execute(
+            "SELECT id, kind, digest, epoch, size, round FROM items WHERE id > ? AND held = 0 AND kind != 'epoch' "
+            "ORDER BY id LIMIT ?",
+            (after, limit),
+        )
+        return [Waiting(*row) for row in rows]
+
+    def payload(self, digest: bytes) -> bytes | None:
+        """The bytes of an item, or None when it is gone."""
+        row = self._db.execute("SELECT payload, file FROM items WHERE digest = ?", (digest,)).fetchone()
+        if row is None:
+            return None
+        if row[1] is None:
+            return bytes(row[0])
+        return (self.folder / str(row[1])).read_bytes()
+
+    def read_range(self, digest: bytes, offset: int, length: int) -> bytes | None:
+        """A part of an item, so that a large one never stands in memory whole."""
+        row = self._db.execute(
+            "SELECT substr(payload, ?, ?), file FROM items WHERE digest = ?", (offset + 1, length, digest)
+        ).fetchone()
+        if row is None:
+            return None
+        if row[1] is None:
+            return bytes(row[0])
+        with (self.folder / str(row[1])).open("rb") as file:
+            file.seek(offset)
+            return file.read(length)
+
+    def epoch_record(self, epoch: bytes) -> bytes | None:
+        """The epoch record with this digest, or None."""
+        row = self._db.execute("SELECT payload FROM items WHERE digest = ? AND kind = 'epoch'", (epoch,)).fetchone()
+        return bytes(row[0]) if row else None
+
+    def remove(self, digest: bytes) -> bool:
+        """Forget an acknowledged item, and its epoch record when that was its last item of an old epoch."""
+        row = self._db.execute("SELECT id, file, size FROM items WHERE digest = ?", (digest,)).fetchone()
+        if row is None:
+            return False
+        self._delete(*row)
+        return True
+
+    def remove_round(self, number: int) -> None:
+        """Forget the upload of a round."""
+        query = "SELECT id, file, size FROM items WHERE kind = 'update' AND round = ?"
+        for row in self._db.execute(query, (number,)).fetchall():
+            self._delete(*row)
+
+    def hold(self, digest: bytes) -> None:
+        """Keep an item but stop sending it (the gateway has another one under its counter)."""
+        self._db.execute("UPDATE items SET held = 1 WHERE digest = ?", (digest,))
+
+    def drop_finished_epochs(self, current: bytes) -> None:
+        """Forget records of past epochs that no item needs any more."""
+        rows = self._db.execute(
+            "SELECT id, file, size FROM items WHERE kind = 'epoch' AND digest != ? AND digest NOT IN "
+            "(SELECT epoch FROM items WHERE kind != 'epoch')",
+            (current,),
+        ).fetchall()
+        for row in rows:
+            self._delete(*row)
+
+    def _delete(self, row_id: int, file: str | None, size: int) -> None:
+        self._db.execute("DELETE FROM items WHERE id = ?", (row_id,))
+        self._count -= 1
+        self._stored -= size
+        if file:
+            (self.folder / file).unlink(missing_ok=True)
+
+    # --- facts --------------------------------------------------------------------------------------------
+
+    def _totals(self) -> tuple[int, int]:
+        count, size = self._db.execute("SELECT count(*), coalesce(sum(size), 0) FROM items").fetchone()
+        return int(count), int(size)
+
+    @property
+    def items(self) -> int:
+        """Rows, epoch records included."""
+        return int(self._count)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Payload bytes."""
+        return int(self._stored)
+
+    def pending(self) -> int:
+        """Items that wait for an acknowledgement (records and held items aside)."""
+        row = self._db.execute("SELECT count(*) FROM items WHERE kind != 'epoch' AND held = 0").fetchone()
+        return int(row[0])
+
+    def count(self, name: str, by: int = 1) -> None:
+        """Add to a durable counter."""
+        self._db.execute(
+            "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value + excluded.value",
+            (name, by),
+        )
+
+    def next_value(self, name: str) -> int:
+        """Increment a counter durably at once and return its new value: for numbers that must never repeat."""
+        self.count(name)
+        self._db.commit()
+        return self.counters()[name]
+
+    def counters(self) -> dict[str, int]:
+        """All durable counters."""
+        return dict(self._db.execute("SELECT name, value FROM counters"))
+
+    def close(self) -> None:
+        """Commit and close."""
+        with contextlib.suppress(StorageFullError):
+            self.commit()
+        self._db.close()
+
+    # --- the file -----------------------------------------------------------------------------------------
+
+    def _open(self) -> sqlite3.Connection:
+        path = self.folder / "spool.db"
+        try:
+            return _connect(path)
+        except sqlite3.DatabaseError:
+            # a damaged file is set aside for inspection; the device goes on with an empty spool
+            path.rename(path.with_suffix(".damaged"))
+            for suffix in ("-wal", "-shm"):
+                path.with_name(path.name + suffix).unlink(missing_ok=True)
+            db = _connect(path)
+            db.execute("INSERT INTO counters VALUES ('spool_recreated', 1)")
+            return db
+
+    def _sweep(self) -> None:
+        """Remove files without a row: a crash between rename and commit leaves them."""
+        known = {row[0] for row in self._db.execute("SELECT file FROM items WHERE file IS NOT NULL")}
+        for path in self.folder.iterdir():
+            if (len(path.stem) == 64 and path.name not in known) or path.suffix == ".part":
+                path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _savepoint(self) -> Iterator[None]:
+        before = (self._count, self._stored)
+        if not self._db.in_transaction:
+            self._db.execute("BEGIN IMMEDIATE")
+        self._db.execute("SAVEPOINT step")
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(sqlite3.OperationalError):
+                self._db.execute("ROLLBACK TO step")
+                self._db.execute("RELEASE step")
+            self._count, self._stored = before
+            raise
+        self._db.execute("RELEASE step")
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    db = sqlite3.connect(path, timeout=10, check_same_thread=False)
+    try:
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA secure_delete = ON")
+        if db.execute("PRAGMA quick_check").fetchone()[0] != "ok":
+            raise sqlite3.DatabaseError("quick_check failed")
+        if db.execute("PRAGMA user_version").fetchone()[0] == 0:
+            db.executescript(SCHEMA)
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _is_full(error: Exception) -> bool:
+    return "full" in str(error) or getattr(error, "errno", None) in {errno.ENOSPC, errno.EDQUOT}

@@ -1,0 +1,131 @@
+"""From a configuration file to a runtime: the one place where the stages are put together for a real device."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from edgepriv import keys, mqtt
+from edgepriv.device.capture import open_source
+from edgepriv.device.config import load_config
+from edgepriv.device.fetch import Fetcher
+from edgepriv.device.infer import Inferer
+from edgepriv.device.learn import Learner
+from edgepriv.device.ledger import SceneLedger
+from edgepriv.device.publish import Publisher
+from edgepriv.device.release import parse_policy
+from edgepriv.device.runtime import DeviceRuntime, Stages
+from edgepriv.device.seal import Sealer
+from edgepriv.device.spool import Spool
+from edgepriv.errors import ConfigError, TrustError
+from edgepriv.trust_file import TrustFile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+    from typing import Any
+
+    from edgepriv.device.config import BrokerConfig, DeviceConfig
+    from edgepriv.mqtt import Link
+
+MAX_MODEL_BYTES = 512 << 20
+
+
+def broker_link(config: BrokerConfig, name: str) -> Link:
+    """Open the connection that ``[broker]`` describes."""
+    tls = mqtt.TlsFiles(config.ca, config.certificate, config.key) if config.ca else None
+    return mqtt.open_link(
+        config.url, name, tls=tls, username=config.username, password_file=config.password_file, inflight=64
+    )
+
+
+def start_device(path: Path, *, clock: Callable[[], float] = time.time, link: Link | None = None) -> DeviceRuntime:
+    """Build the runtime of a configuration file; ``link`` replaces the broker's (the simulator's faulty one).
+
+    Raises:
+        EdgeprivError: of the kind that names what is missing or wrong.
+    """
+    config = load_config(path)
+    return assemble(config, folder=path.resolve().parent, clock=clock, link=link)
+
+
+def assemble(
+    config: DeviceConfig,
+    *,
+    folder: Path,
+    clock: Callable[[], float],
+    link: Link | None = None,
+    inferer: Inferer | None = None,
+) -> DeviceRuntime:
+    """Put the stages of one device together. ``inferer`` may be shared by the devices of one process."""
+    identity = keys.load_identity(config.device.key)
+    if identity.public.role != "device":
+        raise ConfigError(f"{config.device.key} is the key of {identity.name}, not of a device")
+    state = config.device.state
+    state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    trust = TrustFile(config.device.trust, config.device.owner, state / "trust-version", clock=clock)
+    listed = trust.current().party(identity.name, "device")
+    if listed != identity.public:
+        raise TrustError(f"{identity.name} is listed with other keys", hint="the owner signs this device's .pub file")
+    policy = parse_policy(config.release.policy)
+    inferer = inferer or Inferer.from_file(config.model.path, threads=config.model.threads)
+    if policy.task != inferer.spec.task:
+        raise ConfigError(
+            f"release policy {policy.name!r} is for {policy.task}, but model {inferer.spec.id} does {inferer.spec.task}"
+        )
+    source = open_source(str(config.source.get("kind", "")), _options(config.source), folder=folder, clock=clock)
+    spool = Spool(
+        state / "spool",
+        max_bytes=int(config.spool.max_mb * 1e6),
+        max_rows=config.spool.max_rows,
+        drop=config.spool.drop,
+    )
+    link = link or broker_link(config.broker, identity.name)
+    sealer = Sealer(
+        identity,
+        trust.current,
+        config.device.gateway,
+        config.seal,
+        shard=config.device.shard,
+        clock=clock,
+        next_epoch=lambda: spool.next_value("epoch_seq"),
+    )
+    metas: dict[int, dict[str, Any]] = {}
+    publisher = Publisher(
+        spool,
+        link,
+        lambda: sealer.session,
+        party=identity.name,
+        shard=config.device.shard,
+        meta=lambda number: metas.get(number, {}),
+    )
+    fetcher = Fetcher(state / "objects", link, publisher.send_message, max_bytes=MAX_MODEL_BYTES)
+    ledger = _ledger(config, state)
+    stages = Stages(source, inferer, policy, ledger, sealer, spool, publisher, fetcher, None, link)
+    runtime = DeviceRuntime(identity.name, config, stages, clock=clock)
+    if config.rounds.take_part and (inferer.spec.features or inferer.spec.trainable):
+        stages.learner = Learner(
+            identity,
+            trust.current(),
+            config.rounds,
+            state=state,
+            fetcher=fetcher,
+            send=publisher.send_message,
+            spool_upload=runtime.spool_upload,
+            drop_upload=runtime.drop_upload,
+            trainable=inferer.spec.trainable,
+            metas=metas,
+        )
+    return runtime
+
+
+def _options(source: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in source.items() if key != "kind"}
+
+
+def _ledger(config: DeviceConfig, state: Path) -> SceneLedger | None:
+    if config.release.bits_per_scene <= 0:
+        return None
+    return SceneLedger(
+        state / "ledger.db", bits_per_scene=config.release.bits_per_scene, window_s=config.release.scene_window_s
+    )
