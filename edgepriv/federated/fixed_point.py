@@ -80,8 +80,8 @@ def choose_ring(*, fraction_bits: int, bound: float, max_weight: int, devices: i
         return Ring(64, fraction_bits, bound, max_weight, devices, slack)
 
 
-def quantise(values: NDArray[Any], weight: int, ring: Ring) -> NDArray[Any]:
-    """Weighted values as ring elements (same shape).
+def quantise(values: NDArray[Any], weight: int, ring: Ring, *, factor: float = 1.0) -> NDArray[Any]:
+    """Weighted values as ring elements (same shape); ``factor`` scales them first (norm clipping at the gateway).
 
     Raises:
         WireError: NaN or infinity, a value above the bound, or a weight outside 0..max_weight.
@@ -89,13 +89,15 @@ def quantise(values: NDArray[Any], weight: int, ring: Ring) -> NDArray[Any]:
     if not 0 <= weight <= ring.max_weight:
         raise WireError(f"a weight lies outside 0..{ring.max_weight}")
     scaled = values.astype(np.float64)
+    if factor != 1.0:
+        scaled *= factor
     # one comparison refuses NaN, infinity and large values alike; honest devices clip, and rounding stays below 1e-6
     if not bool((np.abs(scaled) <= ring.bound * (1 + 1e-6)).all()):
         raise WireError("an update has NaN, infinity or a value above the round's bound")
     np.clip(scaled, -ring.bound, ring.bound, out=scaled)
     scaled *= weight * ring.scale
     np.rint(scaled, out=scaled)
-    return scaled.astype(np.int64).astype(ring.dtype)
+    return scaled.astype(np.int64).astype(ring.dtype, copy=False)
 
 
 def add_into(total: NDArray[Any], part: NDArray[Any]) -> None:

@@ -138,6 +138,7 @@ class Participant:
         self.feedback: dict[str, NDArray[np.float32]] = {}
         self._last_round = -1
         self._running: _Running | None = None
+        self._answer: Send | None = None
         self.dirty = False
         self.counters = {"joined": 0, "declined": 0, "uploaded": 0, "done": 0, "aborted": 0}
         if state:
@@ -206,10 +207,12 @@ class Participant:
     # --- steps --------------------------------------------------------------------------------------------
 
     def _open(self, opened: RoundOpen, now: float) -> list[Action]:
-        if self._running and self._running.opened.round == opened.round:
-            return []  # the announcement is repeated until the gateway has an answer
-        if opened.round <= self._last_round:
-            return []  # answered before; a second view of one round is never given
+        if self._answer and self._answer.message.round == opened.round:
+            return [self._answer]  # the announcement is repeated until the gateway has an answer
+        if opened.round == self._last_round:
+            return [self._join(opened, accept=False, reason="restarted: this device sits the round out")]
+        if opened.round < self._last_round:
+            return []  # a second view of one round is never given
         actions = self._sit_out(self._running, "a newer round was announced") if self._running else []
         if reason := self._objection(opened, now):
             self.counters["declined"] += 1
@@ -258,7 +261,8 @@ class Participant:
         return ""
 
     def _join(self, opened: RoundOpen, *, accept: bool, reason: str = "", advert: bytes = b"") -> Send:
-        return Send(rounds.step_message(opened.round, "join", rounds.Join(accept, reason[:200], advert)))
+        self._answer = Send(rounds.step_message(opened.round, "join", rounds.Join(accept, reason[:200], advert)))
+        return self._answer
 
     def _advance(self) -> list[Action]:
         running = self._running

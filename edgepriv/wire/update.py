@@ -19,7 +19,7 @@ from edgepriv.errors import WireError
 from edgepriv.wire import cbor
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 MAGIC = b"EPU1"
 MAX_HEADER_BYTES = 1 << 20
@@ -53,8 +53,7 @@ def encode_update(
         rows.append([name, dtype, list(array.shape), offset, float((scales or {}).get(name, 1.0))])
         parts.append(raw)
         offset += len(raw)
-    header = cbor.encode({"meta": dict(meta or {}), "tensors": rows})
-    return b"".join([MAGIC, struct.pack(">I", len(header)), header, *parts])
+    return b"".join([encode_header(meta or {}, rows), *parts])
 
 
 def decode_update(raw: bytes | memoryview, *, max_bytes: int, finite: bool = True) -> Update:
@@ -85,17 +84,37 @@ def split_update(raw: bytes | memoryview, *, max_bytes: int) -> tuple[dict[str, 
     view = memoryview(raw)
     if len(view) > max_bytes:
         raise WireError(f"update of {len(view)} bytes is over the limit of {max_bytes}")
-    if len(view) < 8 or bytes(view[:4]) != MAGIC:
+    header, first = read_header(bytes(view[:8]), lambda length: bytes(view[8 : 8 + length]), len(view))
+    return header, view[first:]
+
+
+def read_header(lead: bytes, read: Callable[[int], bytes], total_bytes: int) -> tuple[dict[str, Any], int]:
+    """Checked header of an update that lies in a file, and where its data starts.
+
+    Args:
+        lead: the first 8 bytes.
+        read: gives the header bytes that follow, at most `MAX_HEADER_BYTES` are asked for.
+        total_bytes: size of the whole update.
+
+    Raises:
+        WireError: malformed.
+    """
+    if len(lead) < 8 or lead[:4] != MAGIC:
         raise WireError("not an update")
-    (length,) = struct.unpack(">I", view[4:8])
-    if length > MAX_HEADER_BYTES or 8 + length > len(view):
+    (length,) = struct.unpack(">I", lead[4:8])
+    if length > MAX_HEADER_BYTES or 8 + length > total_bytes:
         raise WireError("an update's header is cut short")
-    header = cbor.decode_map(bytes(view[8 : 8 + length]), max_bytes=MAX_HEADER_BYTES)
-    data = view[8 + length :]
+    header = cbor.decode_map(read(length), max_bytes=MAX_HEADER_BYTES)
     if set(header) != {"meta", "tensors"} or not isinstance(header["meta"], dict):
         raise WireError("an update's header lacks a field")
-    _check_rows(header["tensors"], len(data))
-    return header, data
+    _check_rows(header["tensors"], total_bytes - 8 - length)
+    return header, 8 + length
+
+
+def encode_header(meta: Mapping[str, Any], rows: list[Any]) -> bytes:
+    """Everything before the data, for writers that stream arrays to a file."""
+    header = cbor.encode({"meta": dict(meta), "tensors": rows})
+    return MAGIC + struct.pack(">I", len(header)) + header
 
 
 def _check_rows(rows: Any, data_bytes: int) -> None:

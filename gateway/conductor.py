@@ -1,0 +1,323 @@
+"""Carries out what `gateway.rounds` decides: joins the state machine, the aggregator and a store. No network.
+
+The daemon hands in messages, offers, completed uploads and the time; it gets `Tell`, `OpenUpload` and `DropUpload`
+back and passes them on. Staging files are the daemon's; this file reads a complete one in `tick` (where everything
+that takes long happens, several uploads in one pass) and acknowledges it after the sum that holds it is durable.
+
+Store: ``save(round, bytes)`` must be durable when it returns; ``load()`` gives the saved bytes of rounds that have
+not been ``close``d; ``close(record)`` stores the record for ever and may forget the bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from edgepriv.errors import EdgeprivError, RefusedError, WireError
+from edgepriv.wire import rounds as wire_rounds
+from edgepriv.wire.messages import Ack, Offer, RoundMessage
+from edgepriv.wire.rounds import MASKED, Confirm, Join
+from gateway import aggregate, round_events
+from gateway.aggregate import Staged
+from gateway.rounds import ENDED, Round
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from edgepriv.wire.trust import TrustList
+    from gateway.round_events import Action, Event, RoundRecord
+    from gateway.round_plan import RoundPlan
+
+
+class RoundStore(Protocol):
+    """What rounds need stored; see the module."""
+
+    def save(self, round_number: int, raw: bytes) -> None:
+        """Replace the round's bytes, durably."""
+        ...
+
+    def load(self) -> list[bytes]:
+        """Bytes of all rounds that are not closed, by number."""
+        ...
+
+    def close(self, record: RoundRecord) -> None:
+        """Store the record; a second call with the same round changes nothing."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Tell:
+    """Seal this `RoundMessage` or `Ack` and send it to the device."""
+
+    device: str
+    message: RoundMessage | Ack
+
+
+@dataclass(frozen=True, slots=True)
+class OpenUpload:
+    """Make (or keep) a staging file for this offer and grant credits for it."""
+
+    device: str
+    digest: bytes
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class DropUpload:
+    """Delete what is staged under this digest; no more credits."""
+
+    device: str
+    digest: bytes
+
+
+Outgoing = Tell | OpenUpload | DropUpload
+
+
+class Conductor:
+    """All running rounds of one gateway shard. ``folder`` holds a folder for each round and the global weights."""
+
+    def __init__(self, folder: Path, store: RoundStore, trust: TrustList, *, keep_models: int = 3) -> None:
+        self.folder, self.store, self.trust, self.keep_models = folder, store, trust, keep_models
+        self.rounds: dict[int, Round] = {}
+        self.records: list[RoundRecord] = []
+        self.counters = {"steps_refused": 0, "updates_refused": 0, "updates_folded": 0, "late": 0}
+        self._pending: dict[int, dict[tuple[str, bytes], Staged]] = {}
+        self._paths: dict[bytes, Path] = {}
+        self._unmaskers: dict[int, Any] = {}
+        self.models.mkdir(parents=True, exist_ok=True)
+
+    # --- global weights -----------------------------------------------------------------------------------
+
+    @property
+    def models(self) -> Path:
+        """Folder of global weights, named by SHA-256 in hex."""
+        return self.folder / "models"
+
+    def model_path(self, digest: bytes) -> Path:
+        """Where the weights of a digest lie (they may not)."""
+        return self.models / digest.hex()
+
+    def add_model(self, raw: bytes) -> bytes:
+        """Store global weights (bytes of `wire.update`) and return their digest."""
+        import hashlib
+
+        digest = hashlib.sha256(raw).digest()
+        path = self.model_path(digest)
+        if not path.exists():
+            fresh = path.with_name(path.name + ".new")
+            with fresh.open("wb") as file:
+                file.write(raw)
+                aggregate.sync(file)
+            aggregate.rename(fresh, path)
+        return digest
+
+    # --- what the daemon calls ----------------------------------------------------------------------------
+
+    def open_round(self, plan: RoundPlan, devices: Iterable[str], now: float) -> list[Outgoing]:
+        """Start a round.
+
+        Raises:
+            ConfigError: the plan's arithmetic could overflow.
+            RefusedError: its number was used, its base is not here, or it would pass the privacy budget.
+        """
+        if plan.round in self.rounds or any(r.round >= plan.round for r in self.records):
+            raise RefusedError(f"round {plan.round} is not new: a new attempt is a new number")
+        if not self.model_path(plan.base).exists():
+            raise RefusedError("the round's base weights are not here")
+        current = Round(plan, devices, now)
+        self.rounds[plan.round] = current
+        self._round_folder(plan.round).mkdir(parents=True, exist_ok=True)
+        self.store.save(plan.round, current.to_bytes())
+        return self._carry_out(current, current.start(), now)
+
+    def resume(self, now: float, staged: dict[bytes, Path] | None = None) -> list[Outgoing]:
+        """After a restart: load what was saved; ``staged``: complete uploads by digest that the daemon still has."""
+        self._paths.update(staged or {})
+        out: list[Outgoing] = []
+        for raw in self.store.load():
+            current = Round.from_bytes(raw)
+            self.rounds[current.plan.round] = current
+            with contextlib.suppress(EdgeprivError):
+                taken = aggregate.load_checkpoint(self._round_folder(current.plan.round), current.opened).taken
+                for device, _stale, digest, _weight in taken:
+                    out += self._carry_out(current, self._note_folded(current, device, digest, now), now)
+            out += self._carry_out(current, current.resume(now), now)
+        return out
+
+    def on_message(self, device: str, outer: RoundMessage, now: float) -> list[Outgoing]:
+        """A step from an authenticated device.
+
+        Raises:
+            WireError: malformed (the caller counts it).
+        """
+        current = self.rounds.get(outer.round)
+        if current is None:
+            return []
+        try:
+            body = wire_rounds.read_step(outer, up=True)
+            self._check_step(current, device, body)
+        except EdgeprivError as error:
+            self.counters["steps_refused"] += 1
+            raise WireError(f"round {outer.round}: {error}") from error
+        return self._event(current, round_events.Stepped(device, body), now)
+
+    def on_offer(self, device: str, offer: Offer, now: float) -> list[Outgoing]:
+        """An update is offered; the answer may come at once or later, in any call."""
+        current, stale = self.rounds.get(offer.round), 0
+        if current is None or current.state in ENDED:
+            newer = [r for n, r in self.rounds.items() if n > offer.round and r.plan.late == "next"]
+            newer = [r for r in newer if r.state == "collecting"]
+            if newer and not (current and self._was_taken(current, device)):
+                current, stale = newer[0], newer[0].plan.round - offer.round
+        if current is None:
+            self.counters["late"] += 1
+            reason = f"round {offer.round} is not running"
+            return [Tell(device, Ack(offer.digest, "rejected", reason)), DropUpload(device, offer.digest)]
+        examples = offer.meta.get("examples", 0)
+        examples = examples if type(examples) is int else 0
+        return self._event(current, round_events.Offered(device, offer.digest, offer.size, examples, stale), now)
+
+    def on_progress(self, device: str, digest: bytes, now: float) -> None:
+        """A chunk arrived (call it once a second or so for each open upload: it keeps the slot)."""
+        for current in self._running():
+            current.handle(round_events.Progressed(device, digest), now)
+
+    def on_complete(self, device: str, digest: bytes, path: Path, now: float) -> list[Outgoing]:
+        """An upload is durable at ``path`` and its SHA-256 is right. The file must stay until `DropUpload`."""
+        self._paths[digest] = path
+        for current in self._running():
+            if current.knows(device, digest):
+                return self._event(current, round_events.UploadComplete(device, digest), now)
+        return [Tell(device, Ack(digest, "rejected", "no round wants it")), DropUpload(device, digest)]
+
+    def cancel(self, round_number: int, reason: str, now: float) -> list[Outgoing]:
+        """Stop a round."""
+        current = self.rounds.get(round_number)
+        return self._event(current, round_events.Cancelled(reason), now) if current else []
+
+    def tick(self, now: float) -> list[Outgoing]:
+        """Let time pass and do the heavy work that is due. Call it at least once a second."""
+        out: list[Outgoing] = []
+        for current in list(self.rounds.values()):
+            out += self._fold_pending(current, now)
+            if current.state not in ENDED:
+                out += self._event(current, round_events.Tick(), now)
+        return out
+
+    # --- inside -------------------------------------------------------------------------------------------
+
+    def _running(self) -> list[Round]:
+        return [r for r in self.rounds.values() if r.state not in ENDED]
+
+    def _round_folder(self, number: int) -> Path:
+        return self.folder / f"round-{number}"
+
+    def _was_taken(self, current: Round, device: str) -> bool:
+        return bool(current.record and device in current.record.participants)
+
+    def _check_step(self, current: Round, device: str, body: Any) -> None:
+        """What needs the trust list: adverts and signatures, so that one bad device cannot spoil a cohort."""
+        if isinstance(body, Join) and body.accept and current.plan.privacy == MASKED:
+            advert = wire_rounds.read_advert(body.advert, self.trust)
+            expected = (current.plan.round, current.plan.cohort, current.plan.base, device)
+            if (advert.round, advert.cohort, advert.base, advert.device) != expected:
+                raise WireError("an advertisement is of another round or device")
+        if isinstance(body, Confirm):
+            names = [current.cohort[i] for i in current.survivors]
+            plan = current.plan
+            digest = wire_rounds.survivors_digest(plan.round, plan.cohort, plan.base, names)
+            self.trust.party(device, "device").verify(wire_rounds.SURVIVORS_USE, digest, body.signature)
+
+    def _event(self, current: Round, event: Event, now: float) -> list[Outgoing]:
+        before = current.to_bytes()
+        actions = current.handle(event, now)
+        after = current.to_bytes()
+        if after != before:
+            self.store.save(current.plan.round, after)
+        return self._carry_out(current, actions, now)
+
+    def _note_folded(self, current: Round, device: str, digest: bytes, now: float) -> list[Action]:
+        return [] if current.record else current.handle(round_events.Folded(device, digest), now)
+
+    def _carry_out(self, current: Round, actions: list[Action], now: float) -> list[Outgoing]:
+        out: list[Outgoing] = []
+        number = current.plan.round
+        for action in actions:
+            match action:
+                case round_events.Send(device, step, body):
+                    out.append(Tell(device, wire_rounds.step_message(number, step, body)))
+                case round_events.GrantUpload(device, digest, size):
+                    out.append(OpenUpload(device, digest, size))
+                case round_events.Accept(device, digest):
+                    out += [Tell(device, Ack(digest, "stored", "")), DropUpload(device, digest)]
+                case round_events.Reject(device, digest, reason):
+                    out += [Tell(device, Ack(digest, "rejected", reason[:400])), DropUpload(device, digest)]
+                case round_events.Fold(device, digest, weight, stale):
+                    if path := self._paths.get(digest):
+                        pending = self._pending.setdefault(number, {})
+                        pending[device, digest] = Staged(device, digest, path, weight, stale)
+                    else:
+                        out += self._event(current, round_events.Folded(device, digest, "lost in staging"), now)
+                case round_events.RemoveMasks():
+                    out += self._remove_masks(current, action, now)
+                case round_events.Finish():
+                    out += self._event(current, self._finish(current), now)
+                case round_events.Close(record):
+                    self._close(record)
+        return out
+
+    def _fold_pending(self, current: Round, now: float) -> list[Outgoing]:
+        pending = self._pending.pop(current.plan.round, {})
+        if not pending:
+            return []
+        folder = self._round_folder(current.plan.round)
+        _, refused = aggregate.fold(folder, current.opened, list(pending.values()))
+        reasons = {(r.device, r.digest): r.reason for r in refused}
+        out: list[Outgoing] = []
+        for device, digest in pending:
+            reason = reasons.get((device, digest), "")
+            self.counters["updates_refused" if reason else "updates_folded"] += 1
+            out += self._event(current, round_events.Folded(device, digest, reason), now)
+            self._paths.pop(digest, None)
+        return out
+
+    def _remove_masks(self, current: Round, action: round_events.RemoveMasks, now: float) -> list[Outgoing]:
+        from gateway.unmasking import rebuild
+
+        try:
+            self._unmaskers[current.plan.round] = rebuild(current, action, self.trust)
+        except EdgeprivError:
+            return self._event(current, round_events.UnmaskFailed(), now)
+        actions = current.masks_removed(now)
+        self.store.save(current.plan.round, current.to_bytes())
+        return self._carry_out(current, actions, now)
+
+    def _finish(self, current: Round) -> round_events.Finished:
+        plan, number = current.plan, current.plan.round
+        out = self._round_folder(number) / "weights.bin"
+        try:
+            unmask = self._unmaskers.pop(number, None)
+            result = aggregate.finish(
+                self._round_folder(number),
+                current.opened,
+                self.model_path(plan.base),
+                out,
+                unmask=unmask,
+                rate=plan.server_rate,
+            )
+        except EdgeprivError as error:
+            return round_events.Finished(reason=str(error))
+        aggregate.rename(out, self.model_path(result.digest))
+        return round_events.Finished(result.digest, result.size)
+
+    def _close(self, record: RoundRecord) -> None:
+        self.store.close(record)
+        if all(r.round != record.round for r in self.records):
+            self.records.append(record)
+        self._pending.pop(record.round, None)
+        shutil.rmtree(self._round_folder(record.round), ignore_errors=True)
+        for number in sorted(n for n, r in self.rounds.items() if r.state in ENDED)[:-2]:
+            del self.rounds[number]  # the last two are kept to answer latecomers

@@ -1,0 +1,182 @@
+"""What happens to a round (events), what is to be done about it (actions), and how it ended (the record)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edgepriv.wire.rounds import Reveal
+
+# --- events -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time went on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """A device sent a step (`Join`, `SharesUp`, `Confirm`, `Reveal`), authenticated; adverts and signatures checked."""
+
+    device: str
+    body: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """A device offers its update; ``stale`` is how many rounds it is behind."""
+
+    device: str
+    digest: bytes
+    size: int
+    examples: int
+    stale: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Progressed:
+    """A chunk of an open upload arrived."""
+
+    device: str
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class UploadComplete:
+    """An upload is durable in its staging file and its SHA-256 is right."""
+
+    device: str
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """The aggregator put an update into the durable sum (``reason`` empty), or refused it for good."""
+
+    device: str
+    digest: bytes
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class UnmaskFailed:
+    """A share was wrong: wait for more reveals."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The new global weights are durable (``reason`` empty), or the sum was not publishable."""
+
+    model: bytes = b""
+    model_bytes: int = 0
+    epsilon: float = 0.0
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """The operator stops the round."""
+
+    reason: str
+
+
+Event = Tick | Stepped | Offered | Progressed | UploadComplete | Folded | UnmaskFailed | Finished | Cancelled
+
+# --- actions ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send a step to a device."""
+
+    device: str
+    step: str
+    body: Any
+
+
+@dataclass(frozen=True, slots=True)
+class GrantUpload:
+    """Open a staging file for this offer and grant credits."""
+
+    device: str
+    digest: bytes
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """Acknowledge the item as rejected, delete what is staged of it."""
+
+    device: str
+    digest: bytes
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """Verify the staged update and add it to the sum with this weight, then say `Folded`."""
+
+    device: str
+    digest: bytes
+    weight: int
+    stale: int
+
+
+@dataclass(frozen=True, slots=True)
+class Accept:
+    """Acknowledge the item as stored: it is in the durable sum."""
+
+    device: str
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveMasks:
+    """Rebuild seeds from the reveals (position in the cohort -> body), then `Finish` or say `UnmaskFailed`."""
+
+    members: tuple[int, ...]
+    survivors: tuple[int, ...]
+    reveals: dict[int, Reveal]
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Write the new global weights from the sum, then say `Finished`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """The round has ended: store the record, tell the devices (``Send`` actions precede), delete staged files."""
+
+    record: RoundRecord
+
+
+Action = Send | GrantUpload | Reject | Fold | Accept | RemoveMasks | Finish | Close
+
+
+@dataclass(frozen=True, slots=True)
+class RoundRecord:
+    """How a round ended, for ever: who took part, what was rejected and why, digests before and after, what it cost."""
+
+    round: int
+    cohort: str
+    model: str
+    privacy: str
+    rule: str
+    outcome: str
+    reason: str
+    started: float
+    ended: float
+    invited: int
+    participants: tuple[str, ...]
+    rejected: tuple[tuple[str, str], ...]
+    before: bytes
+    after: bytes
+    after_bytes: int
+    noise: str
+    noise_multiplier: float
+    participation: str
+    epsilon: float
+    delta: float

@@ -1,0 +1,115 @@
+"""What an operator wants of a federated round, checked, and the announcement that devices see of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from edgepriv.errors import ConfigError
+from edgepriv.federated.fixed_point import choose_ring
+from edgepriv.wire.rounds import CLEAR, MASKED, RoundOpen
+
+RULES = ("mean", "trimmed", "median", "fltrust")
+
+
+@dataclass(frozen=True, slots=True)
+class RoundPlan:
+    """What the operator wants of a round; times are durations in seconds.
+
+    ``base``/``base_bytes``: digest and length of the global weights. ``tensors``: rows ``[name, [dimensions]]``.
+    ``threshold_active``: floor(2n/3)+1 shares are needed (a lying gateway), else floor(n/2)+1.
+    """
+
+    round: int
+    model: str
+    base: bytes
+    base_bytes: int
+    tensors: tuple[Any, ...]
+    cohort: str = "0"
+    privacy: str = CLEAR
+    quorum: int = 1
+    min_cohort: int = 32
+    threshold_active: bool = False
+    deadline_s: float = 120.0
+    join_s: float = 10.0
+    step_s: float = 10.0
+    stall_s: float = 30.0
+    resend_s: float = 4.0
+    uploads_at_once: int = 8
+    max_update_bytes: int = 256 << 20
+    clip: float = 10.0
+    fraction_bits: int = 16
+    max_weight: int = 1000
+    encoding: str = "float32"
+    keep: float = 1.0
+    seed: bytes = b""
+    noise: str = "none"
+    noise_multiplier: float = 0.0
+    colluders: int = 0
+    delta: float = 1e-5
+    participation: str = "all"
+    population: int = 0
+    statistics: str = "home"
+    late: str = "drop"
+    max_staleness: int = 1
+    rule: str = "mean"
+    server_rate: float = 1.0
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.privacy not in {CLEAR, MASKED} or self.rule not in RULES or self.late not in {"drop", "next"}:
+            raise ConfigError("a round's privacy, rule or late policy is unknown")
+        if self.privacy == MASKED and self.rule != "mean":
+            raise ConfigError(f"the rule {self.rule} needs single updates", hint='privacy = "clear"')
+        if self.privacy == MASKED and (self.late != "drop" or self.encoding not in {"float32", "randomk"}):
+            raise ConfigError("masked rounds take no late updates and no compression but randomk")
+        if self.rule != "mean" and self.encoding in {"topk", "randomk"}:
+            raise ConfigError(f"the rule {self.rule} compares whole updates", hint='encoding = "float32"')
+        if self.noise != "none" and (self.max_weight != 1 or self.noise_multiplier <= 0):
+            raise ConfigError("noise needs max_weight = 1 and a positive noise_multiplier")
+        if self.noise == "distributed" and self.privacy != MASKED:
+            raise ConfigError("distributed noise only hides under masks", hint='privacy = "masked"')
+        if self.quorum < 1 or self.deadline_s <= 0 or self.uploads_at_once < 1:
+            raise ConfigError("a round needs a quorum, a deadline and a slot")
+
+
+def announcement(plan: RoundPlan, devices: int, now: float) -> RoundOpen:
+    """The announcement; raises ConfigError where the ring could overflow."""
+    survivors = max(plan.quorum, plan.min_cohort) if plan.privacy == MASKED else plan.quorum
+    slack = math.ceil(12 * plan.noise_multiplier * plan.clip * 2.0**plan.fraction_bits) if plan.noise != "none" else 0
+    ring = choose_ring(
+        fraction_bits=plan.fraction_bits,
+        bound=plan.clip,
+        max_weight=plan.max_weight,
+        devices=max(devices * 2, 1),  # late updates stand beside the devices' own
+        slack=slack,
+    )
+    return RoundOpen(
+        round=plan.round,
+        cohort=plan.cohort,
+        model=plan.model,
+        base=plan.base,
+        base_bytes=plan.base_bytes,
+        tensors=plan.tensors,
+        privacy=plan.privacy,
+        join_by=now + plan.join_s,
+        deadline=now + plan.deadline_s,
+        clip=plan.clip,
+        fraction_bits=plan.fraction_bits,
+        ring_bits=ring.bits,
+        max_weight=plan.max_weight,
+        devices=ring.devices,
+        quorum=plan.quorum,
+        encoding=plan.encoding,
+        keep=plan.keep,
+        seed=plan.seed,
+        noise=plan.noise,
+        noise_multiplier=plan.noise_multiplier,
+        survivors=survivors,
+        colluders=plan.colluders,
+        delta=plan.delta,
+        participation=plan.participation,
+        statistics=plan.statistics,
+        training=dict(plan.training),
+    )

@@ -1,0 +1,184 @@
+"""Reading a staged update block by block, in the coordinates of the round's vector, with bounded memory.
+
+An update in a file is untrusted. `open_source` checks the header against the round; `Source.check` reads everything
+once (NaN, infinity, positions) and gives the L2 norm; `Source.add` then adds the part of one block to the sum. Blocks
+are asked for in ascending order. Memory is one block, and O(kept coordinates) for sparse updates.
+"""
+
+from __future__ import annotations
+
+import math
+from math import prod
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+
+from edgepriv.errors import WireError
+from edgepriv.federated.compression import INDEX, VALUE, check_indices, random_coordinates, split_name
+from edgepriv.federated.fixed_point import Ring, add_into, quantise
+from edgepriv.federated.layout import Layout, Slot
+from edgepriv.wire.rounds import MASKED
+from edgepriv.wire.update import DTYPES, read_header
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from edgepriv.wire.rounds import RoundOpen
+
+BLOCK = 1 << 18
+MASKED_NAME = "masked"
+
+
+def ring_of(opened: RoundOpen) -> Ring:
+    """The arithmetic that an announcement states."""
+    return Ring(opened.ring_bits, opened.fraction_bits, opened.clip, opened.max_weight, opened.devices)
+
+
+def blocks(first: int, last: int) -> Iterator[tuple[int, int]]:
+    """Ranges [a, b) of at most BLOCK coordinates that cover [first, last)."""
+    for start in range(first, last, BLOCK):
+        yield start, min(start + BLOCK, last)
+
+
+class _Part:
+    """One array of the file: reads [a, b) of it as float32 (or as it is)."""
+
+    def __init__(self, file: BinaryIO, row: list[Any], data_at: int) -> None:
+        _, self.dtype_name, shape, offset, self.scale = row
+        self.file, self.dtype, self.size = file, DTYPES[row[1]], prod(shape)
+        self.at = data_at + offset
+
+    def raw(self, a: int, b: int) -> NDArray[Any]:
+        self.file.seek(self.at + a * self.dtype.itemsize)
+        data = self.file.read((b - a) * self.dtype.itemsize)
+        if len(data) != (b - a) * self.dtype.itemsize:
+            raise WireError("an update is cut short")
+        return np.frombuffer(data, self.dtype)
+
+    def floats(self, a: int, b: int) -> NDArray[np.float32]:
+        values = self.raw(a, b).astype(np.float32)
+        return values * np.float32(self.scale) if self.dtype_name == "int8" else values
+
+
+class Source:
+    """One clear update. Dense arrays, or pairs of positions and values."""
+
+    def __init__(self, file: BinaryIO, header: dict[str, Any], data_at: int, opened: RoundOpen) -> None:
+        self.layout = Layout(opened.tensors)
+        self.meta = header["meta"]
+        self.dense: dict[str, _Part] = {}
+        self.sparse: dict[str, tuple[NDArray[np.int64], NDArray[np.float32]]] = {}
+        pending: dict[str, NDArray[np.int64]] = {}
+        for row in header["tensors"]:
+            self._take(row, _Part(file, row, data_at), opened, pending)
+        if pending or not (self.dense or self.sparse):
+            raise WireError("an update lacks its values")
+
+    def _take(self, row: list[Any], part: _Part, opened: RoundOpen, pending: dict[str, NDArray[np.int64]]) -> None:
+        name, kind = split_name(row[0]) if row[0] not in self.layout.by_name else (row[0], "")
+        slot = self.layout.by_name.get(name)
+        if slot is None:
+            raise WireError(f"the round does not touch {row[0]!r}"[:120])
+        if kind == INDEX:
+            if row[1] != "uint32" or part.size > slot.size:
+                raise WireError("an update's positions are malformed")
+            pending[name] = part.raw(0, part.size).astype(np.int64)
+            check_indices(pending[name], slot.size)
+        elif kind == VALUE:
+            where = pending.pop(name, None)
+            where = random_coordinates(opened, name, slot.size) if where is None else where
+            if row[1] != "float32" or part.size != where.size:
+                raise WireError("an update's values do not fit their positions")
+            self.sparse[name] = (where, part.floats(0, part.size))
+        elif tuple(row[2]) != slot.shape or row[1] not in {"float32", "float16", "int8"}:
+            raise WireError(f"{name} has another shape or dtype than the round says")
+        else:
+            self.dense[name] = part
+
+    def present(self) -> NDArray[np.int64]:
+        """1 for each tensor that is there."""
+        return np.array([int(s.name in self.dense or s.name in self.sparse) for s in self.layout.slots])
+
+    def check(self) -> float:
+        """Read all of it once; the L2 norm, or WireError on NaN or infinity."""
+        total = 0.0
+        for name, part in self.dense.items():
+            for a, b in blocks(0, self.layout.by_name[name].size):
+                total += _squares(part.floats(a, b))
+        for _, values in self.sparse.values():
+            total += _squares(values)
+        if not math.isfinite(total):
+            raise WireError("an update has NaN or infinity")
+        return math.sqrt(total)
+
+    def values(self, a: int, b: int) -> NDArray[np.float32]:
+        """Coordinates [a, b) of the vector, zeros where the update has none."""
+        out = np.zeros(b - a, np.float32)
+        for slot, low, high in _overlaps(self.layout, a, b):
+            piece = out[slot.first + low - a : slot.first + high - a]
+            if slot.name in self.dense:
+                piece[:] = self.dense[slot.name].floats(low, high)
+            elif slot.name in self.sparse:
+                where, values = self.sparse[slot.name]
+                i, j = np.searchsorted(where, [low, high])
+                piece[where[i:j] - low] = values[i:j]
+        return out
+
+    def add(self, total: NDArray[Any], a: int, b: int, weight: int, ring: Ring, factor: float) -> None:
+        """Add coordinates [a, b), weighted and quantised; the weights' own coordinates come last."""
+        split = min(max(a, self.layout.values), b)
+        if split > a:
+            add_into(total[: split - a], quantise(self.values(a, split), weight, ring, factor=factor))
+        if b > split:
+            first = split - self.layout.values
+            add_into(total[split - a :], (self.present()[first : first + b - split] * weight).astype(ring.dtype))
+
+
+class MaskedSource:
+    """One masked update: ring elements that nobody can check; only the length and the type are."""
+
+    def __init__(self, file: BinaryIO, header: dict[str, Any], data_at: int, opened: RoundOpen) -> None:
+        rows, ring = header["tensors"], ring_of(opened)
+        length = masked_length(opened)
+        if len(rows) != 1 or rows[0][:3] != [MASKED_NAME, f"uint{ring.bits}", [length]]:
+            raise WireError("a masked update has one vector of the round's ring and length")
+        self.part = _Part(file, rows[0], data_at)
+
+    def check(self) -> float:
+        """Nothing can be said of masked values."""
+        return 0.0
+
+    def add(self, total: NDArray[Any], a: int, b: int, _weight: int, _ring: Ring, _factor: float) -> None:
+        """Add coordinates [a, b) as they are."""
+        add_into(total, self.part.raw(a, b))
+
+
+def masked_length(opened: RoundOpen) -> int:
+    """Coordinates of the summed vector: all values (or random-k's share of each tensor), then the weights."""
+    layout = Layout(opened.tensors)
+    if opened.privacy == MASKED and opened.encoding == "randomk":
+        return sum(max(1, round(opened.keep * slot.size)) for slot in layout.slots) + len(layout.slots)
+    return layout.length
+
+
+def open_source(file: BinaryIO, size: int, opened: RoundOpen) -> Source | MaskedSource:
+    """Parse and check the header of a staged update, or raise WireError."""
+    file.seek(0)
+    header, data_at = read_header(file.read(8), file.read, size)
+    kind = MaskedSource if opened.privacy == MASKED else Source
+    return kind(file, header, data_at, opened)
+
+
+def _squares(values: NDArray[np.float32]) -> float:
+    wide = values.astype(np.float64)
+    return float(np.dot(wide, wide))
+
+
+def _overlaps(layout: Layout, a: int, b: int) -> Iterator[tuple[Slot, int, int]]:
+    """Slots that meet [a, b), with the range inside each."""
+    for slot in layout.slots:
+        low, high = max(a, slot.first) - slot.first, min(b, slot.first + slot.size) - slot.first
+        if low < high:
+            yield slot, low, high
