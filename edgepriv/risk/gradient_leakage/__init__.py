@@ -1,1 +1,1 @@
-"""Part of edgepriv; see the README in this folder or in edgepriv/README.md."""
+"""Leakage audit of federated updates (arXiv 2202.06924): see README.md in this folder."""
