@@ -44,6 +44,7 @@ __all__ = [
     "make_release",
     "pipeline_of",
     "prior_pictures",
+    "prior_settings",
     "study",
     "take_parts",
 ]
@@ -63,12 +64,16 @@ class Parts:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Everything a release is made with."""
+    """Everything a release is made with.
+
+    ``seed`` cuts the data and seeds the audit and may be known; ``noise_seed`` makes the noise and must not be.
+    """
 
     noise_ratio: float | None = None
     epsilon: float | None = None
     mode: generator.Mode = "noised"
     copies: int = 1
+    extra: int = 1
     label_epsilon: float | None = None
     vae_from: str = "public"
     dp: training.DpSgd | None = None
@@ -81,6 +86,7 @@ class Settings:
     audit_records: int = 2000
     device: str = "cpu"
     seed: int = 0
+    noise_seed: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,21 +110,24 @@ class Study:
     prior_samples: NDArray[np.float64]
 
 
-def take_parts(data: Dataset, public: Dataset | None, seed: int) -> Parts:
-    """Cut the data into disjoint private, public and test parts, each with every class of the private one.
+def take_parts(data: Dataset, public: Dataset | None, seed: int, test: Dataset | None = None) -> Parts:
+    """Cut the data into disjoint private, public and test parts; only what was not given apart is taken from them.
 
     Raises:
         DataError: too few images, different shapes, or a class that has no image.
     """
     order = np.random.default_rng(seed).permutation(len(data))
     images, labels = data.images[order], data.labels[order]
-    classes = max(len(data.class_names), len(public.class_names) if public else 0)
-    tests = max(1, (len(data) * 2) // 9)
+    classes = max(len(part.class_names) for part in (data, public, test) if part)
+    tests = 0 if test else max(1, (len(data) * 2) // 9)
     helds = 0 if public else len(data) // 3
     rest = tests + helds
     private = (images[rest:], labels[rest:])
-    if public is not None and public.images.shape[1:] != images.shape[1:]:
-        raise DataError(f"public pictures are {public.images.shape[1:]}, private ones {images.shape[1:]}")
+    for other in (public, test):
+        if other is not None and other.images.shape[1:] != images.shape[1:]:
+            raise DataError(
+                f"{other.name} holds pictures {other.images.shape[1:]}, the private ones are {images.shape[1:]}"
+            )
     outside = (public.images, public.labels) if public else (images[tests:rest], labels[tests:rest])
     note = f"public data: {public.name}" if public else f"no public data given: {helds} images were held out as public"
     missing = sorted(set(range(len(data.class_names))) - set(private[1].tolist()))
@@ -127,7 +136,8 @@ def take_parts(data: Dataset, public: Dataset | None, seed: int) -> Parts:
             f"no private image of class {', '.join(data.class_names[i] for i in missing)}",
             hint="give every class some images, or renumber the labels",
         )
-    return Parts(data.name, private, outside, (images[:tests], labels[:tests]), classes, note)
+    measured = (test.images, test.labels) if test else (images[:tests], labels[:tests])
+    return Parts(data.name, private, outside, measured, classes, note)
 
 
 def make_release(
@@ -139,14 +149,14 @@ def make_release(
     vae = training.train_vae(
         *source,
         config,
-        seed=settings.seed,
+        seed=settings.noise_seed if settings.vae_from == "dp" else settings.seed,
         device=settings.device,
         dp=_dp(settings),
         checkpoint=checkpoint,
         progress=(lambda done, of: progress("VAE", done, of)) if progress else None,
     )
     mechanism = _mechanism(vae, parts, settings)
-    images, labels = generator.synthesize(vae, *parts.private, mechanism, np.random.default_rng(settings.seed + 1))
+    images, labels = generator.synthesize(vae, *parts.private, mechanism, np.random.default_rng(settings.noise_seed))
     return Release(images, labels, vae, mechanism)
 
 
@@ -171,7 +181,7 @@ def study(parts: Parts, settings: Settings, release: Release, progress: Progress
         )
 
     audited = run("release", pipeline_of(parts, settings, release), released=True)
-    prior = replace(settings, mode="prior", noise_ratio=None, epsilon=None)
+    prior = prior_settings(settings)
     return Study(
         audit=membership.audit_shadows(audited, rng),
         real=run("real data", membership_shadows.no_defence, released=False).accuracies,
@@ -217,6 +227,7 @@ def fill_card(parts: Parts, settings: Settings, release: Release, found: Study |
         delta=proved.delta,
         advantage_bound=proved.advantage_bound,
         copies=mechanism.copies,
+        extra=mechanism.extra,
         vae_trained_on=settings.vae_from,
         vae_images=len((parts.public if settings.vae_from == "public" else parts.private)[0]),
         vae_budget=budget,
@@ -240,11 +251,17 @@ def fill_card(parts: Parts, settings: Settings, release: Release, found: Study |
     return replace(card, recommendation=cards.recommend(card))
 
 
+def prior_settings(settings: Settings) -> Settings:
+    """The control with no private code at all: as many pictures, all from the generator."""
+    total = settings.copies + settings.extra
+    return replace(settings, mode="prior", noise_ratio=None, epsilon=None, copies=total, extra=0)
+
+
 def prior_pictures(release: Release, seed: int, each: int = 4) -> tuple[Images, Labels]:
     """A few pictures of the generator alone, for the card."""
     labels = np.repeat(np.unique(release.labels), each)
     blank = np.zeros((len(labels), *release.images.shape[1:]), np.uint8)
-    prior = replace(release.mechanism, mode="prior", epsilon=0.0, copies=1, label_epsilon=None)
+    prior = replace(release.mechanism, mode="prior", epsilon=0.0, copies=1, extra=0, label_epsilon=None)
     return generator.synthesize(release.vae, blank, labels, prior, np.random.default_rng(seed + 3))
 
 
@@ -270,6 +287,7 @@ def _mechanism(vae: Vae, parts: Parts, settings: Settings) -> generator.Mechanis
         epsilon=settings.epsilon,
         mode=settings.mode,
         copies=settings.copies,
+        extra=settings.extra,
         label_epsilon=settings.label_epsilon,
     )
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.option("--data", required=True, help="Private pictures: a folder, IDX or CIFAR files, or 'digits'.")
 @click.option("--public-data", help="Pictures that are not private. Without it a disjoint part of --data is held out.")
+@click.option("--test-data", help="Pictures to measure accuracy with. Without it a part of --data is held out.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="New directory for the release.")
 @click.option("--noise-ratio", type=float, help="Noise over latent standard deviation: the main knob; default 2.")
 @click.option("--epsilon", type=float, help="Metric epsilon instead; it has no meaning across two VAEs.")
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 @click.option(
     "--copies", type=int, default=1, show_default=True, help="Synthetic pictures per record; each costs kappa."
 )
+@click.option("--extra", type=int, default=1, show_default=True, help="Pictures per record that carry no code of it.")
 @click.option("--label-epsilon", type=float, help="Release labels by randomised response with this epsilon.")
 @click.option("--vae", "vae_from", type=click.Choice(["public", "private", "dp"]), default="public", show_default=True)
 @click.option("--vae-epsilon", type=float, help="With --vae dp: epsilon of the VAE's training.")
@@ -40,12 +42,18 @@ if TYPE_CHECKING:
 @click.option("--no-audit", is_flag=True, help="Skip accuracies and audit; the card then recommends nothing.")
 @click.option("--keep-vae/--drop-vae", default=True, help="Put the VAE beside the release where it may travel.")
 @click.option("--limit", type=int, help="Use only the first pictures of each set.")
-@click.option("--seed", type=int, help="For repeating an experiment. Who knows it can remove the noise: omit it.")
+@click.option(
+    "--seed",
+    type=int,
+    help="Repeat an experiment exactly. Who knows it can remove the noise, so omit it for a release.",
+)
 @click.option("--device", default="cpu", show_default=True, help="torch device.")
 @click.option("--threads", type=int, default=2, show_default=True, help="CPU threads.")
 @click.option("--max-auc", type=float, help="End with exit code 3 when the strongest attack's AUC is above this.")
 @click.option("--json", "as_json", is_flag=True, help="Print the card as JSON.")
-def synthesize(data: str, public_data: str | None, out: Path, limit: int | None, **options: Any) -> None:
+def synthesize(
+    data: str, public_data: str | None, test_data: str | None, out: Path, limit: int | None, **options: Any
+) -> None:
     """Make synthetic data with a release card.
 
     The images and labels go to OUT/release.npz, which every --data of edgepriv reads; OUT/card.json and card.html say
@@ -61,10 +69,10 @@ def synthesize(data: str, public_data: str | None, out: Path, limit: int | None,
         raise ConfigError(f"{out} is not empty", hint="a release is never overwritten: name a new directory")
     torch.set_num_threads(options["threads"])
     private = datasets.load(data, split="all", limit=limit)
-    public = datasets.load(public_data, split="all", limit=limit) if public_data else None
+    public, test = (datasets.load(d, split="all", limit=limit) if d else None for d in (public_data, test_data))
     settings = _settings(options, private.images.shape[1:])
     checkpoint = out.with_name(out.name + ".vae-checkpoint")
-    parts = synthesis_study.take_parts(private, public, settings.seed)
+    parts = synthesis_study.take_parts(private, public, settings.seed, test)
     click.echo(f"{len(parts.private[0])} private records, {parts.note}", err=True)
     release = synthesis_study.make_release(parts, settings, checkpoint, _progress())
     found = None if options["no_audit"] else synthesis_study.study(parts, settings, release, _progress())
@@ -82,12 +90,23 @@ def _settings(options: dict[str, Any], shape: tuple[int, ...]) -> Settings:
 
     small = shape[0] * shape[1] * shape[2] <= 100
     seed = options["seed"]
-    same = ("noise_ratio", "epsilon", "mode", "copies", "label_epsilon", "vae_from", "conditional", "latent_dim")
+    same = (
+        "noise_ratio",
+        "epsilon",
+        "mode",
+        "copies",
+        "extra",
+        "label_epsilon",
+        "vae_from",
+        "conditional",
+        "latent_dim",
+    )
     return Settings(
         **{name: options[name] for name in (*same, "vae_epochs", "beta", "targets", "audit_records", "device")},
         dp=DpSgd(options["vae_epsilon"], options["vae_delta"]) if options["vae_epsilon"] is not None else None,
         recipe=Recipe(epochs=options["epochs"] or (60 if small else 30)),
-        seed=secrets.randbits(40) if seed is None else seed,
+        seed=seed or 0,
+        noise_seed=secrets.randbits(60) if seed is None else seed + 1,
     )
 
 

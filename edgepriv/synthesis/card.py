@@ -44,6 +44,7 @@ class ReleaseCard:
     delta: float | None
     advantage_bound: float | None
     copies: int
+    extra: int
     vae_trained_on: str
     vae_images: int
     vae_budget: tuple[float, float] | None

@@ -39,7 +39,11 @@ class LatentScale:
 
 @dataclass(frozen=True, slots=True)
 class Mechanism:
-    """What turns one record into synthetic ones; ``epsilon`` is per unit of latent distance."""
+    """What turns one record into synthetic ones; ``epsilon`` is per unit of latent distance.
+
+    ``extra`` pictures a record are decoded from N(0, I) under the record's released label: they carry no code, so they
+    cost nothing beyond the label, and they fill the release where noise has thinned it out.
+    """
 
     mode: Mode
     epsilon: float
@@ -48,6 +52,7 @@ class Mechanism:
     rescale: bool = True
     copies: int = 1
     label_epsilon: float | None = None
+    extra: int = 0
 
     def noise_ratio(self, dim: int) -> float:
         """Noise over latent standard deviation, per coordinate."""
@@ -69,6 +74,7 @@ def mechanism_for(
     mode: Mode = "noised",
     copies: int = 1,
     label_epsilon: float | None = None,
+    extra: int = 0,
 ) -> Mechanism:
     """Choose the clip radius and, from the noise ratio (default 2) or ``epsilon``, the noise.
 
@@ -77,35 +83,38 @@ def mechanism_for(
     """
     if noise_ratio is not None and epsilon is not None:
         raise ConfigError("give a noise ratio or an epsilon, not both")
-    if copies < 1:
-        raise ConfigError(f"the number of copies must be at least 1, not {copies}")
+    if copies < 1 or extra < 0:
+        raise ConfigError(f"the copies of a record must be at least 1, not {copies}; its extra pictures at least 0")
     if mode == "noised" and epsilon is None:
         epsilon = metric_privacy.epsilon_for_ratio(2.0 if noise_ratio is None else noise_ratio, dim, scale.rms)
     if mode == "noised":
         metric_privacy.noise_sd(dim, epsilon or 0.0)  # refuses an epsilon that is not positive
     radius = CLIP_FACTOR * scale.mean_norm
     unbounded = 0.0 if mode == "prior" else math.inf
-    return Mechanism(
-        mode, epsilon if mode == "noised" and epsilon else unbounded, radius, scale.rms, True, copies, label_epsilon
-    )
+    chosen = epsilon if mode == "noised" and epsilon else unbounded
+    return Mechanism(mode, chosen, radius, scale.rms, True, copies, label_epsilon, extra)
 
 
 def synthesize(
     vae: Vae, images: NDArray[np.uint8], labels: NDArray[np.int64], mechanism: Mechanism, rng: np.random.Generator
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Synthetic images uint8 [k*n, h, w, c] and labels [k*n] from private images [n, h, w, c] and labels [n].
+    """Synthetic images uint8 [m, h, w, c] and labels [m] from private images [n, h, w, c] and labels [n].
+
+    m is n * (copies + extra).
 
     The order of the output says nothing about the order of the input: it is shuffled.
     """
     if len(images) != len(labels):
         raise DataError(f"{len(images)} images but {len(labels)} labels")
-    released = np.tile(_released_labels(labels, mechanism, vae.config.classes, rng), mechanism.copies)
+    released = _released_labels(labels, mechanism, vae.config.classes, rng)
     codes = np.tile(_codes(vae, images, labels, mechanism), (mechanism.copies, 1))
     if mechanism.mode == "noised":
         codes = metric_privacy.add_noise(codes, mechanism.epsilon, rng)
         codes = metric_privacy.rescale(codes, mechanism.epsilon) if mechanism.rescale else codes
     elif mechanism.mode == "prior":
         codes = rng.standard_normal(codes.shape)
+    codes = np.concatenate([codes, rng.standard_normal((mechanism.extra * len(images), codes.shape[1]))])
+    released = np.tile(released, mechanism.copies + mechanism.extra)
     order = rng.permutation(len(codes))
     return _decode(vae, codes[order], released[order]), released[order]
 

@@ -8,6 +8,7 @@ without DP-SGD. Files are written beside the directory and moved into place, so 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -17,19 +18,24 @@ from edgepriv.errors import ConfigError, DataError, MissingFileError
 from edgepriv.synthesis.card import SCHEMA, ReleaseCard, render_html
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
 
+    from edgepriv.synthesis.generator import Mechanism
     from edgepriv.synthesis.vae import Vae
 
-__all__ = ["read_card", "write_release"]
+    Images = NDArray[np.uint8]
+    Labels = NDArray[np.int64]
+
+__all__ = ["mechanism_of", "read_card", "shadow_releases", "write_release"]
 
 
 def write_release(
     out: Path,
-    images: NDArray[np.uint8],
-    labels: NDArray[np.int64],
+    images: Images,
+    labels: Labels,
     card: ReleaseCard,
     pictures: dict[str, bytes],
     vae: Vae | None = None,
@@ -75,3 +81,48 @@ def read_card(release: Path) -> dict[str, Any]:
     if not isinstance(card, dict) or card.get("schema") != SCHEMA:
         raise DataError(f"{path} is not a release card ({SCHEMA})")
     return card
+
+
+def mechanism_of(card: dict[str, Any]) -> Mechanism:
+    """The mechanism that a card describes.
+
+    Raises:
+        DataError: the card lacks a figure.
+    """
+    from edgepriv.synthesis.generator import Mechanism
+
+    try:
+        kind, _, label_epsilon = str(card["labels"]).partition(":")
+        unbounded = math.inf if card["mode"] == "unsafe_no_noise" else 0.0
+        return Mechanism(
+            mode=card["mode"],
+            epsilon=unbounded if card["epsilon_metric"] is None else float(card["epsilon_metric"]),
+            clip_radius=float(card["clip_radius"]),
+            latent_rms=float(card["latent_rms"]),
+            copies=int(card["copies"]),
+            label_epsilon=float(label_epsilon) if kind != "exact" else None,
+            extra=int(card["extra"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"the release card lacks or garbles {error}") from error
+
+
+def shadow_releases(
+    release: Path, images: Images, labels: Labels, masks: NDArray[np.bool_], seed: int
+) -> Iterator[tuple[Images, Labels]] | None:
+    """Repeat a release for each membership mask [K, n] of the records, by the VAE that lies beside it.
+
+    None where the VAE did not travel: then only its maker can calibrate an attack.
+    """
+    path = release / "vae.safetensors"
+    mechanism = mechanism_of(read_card(release))
+    if not path.is_file():
+        return None
+    from edgepriv.synthesis.generator import synthesize
+    from edgepriv.synthesis.training import load_vae
+
+    vae = load_vae(path)
+    return (
+        synthesize(vae, images[mask], labels[mask], mechanism, np.random.default_rng(seed + k))
+        for k, mask in enumerate(masks)
+    )

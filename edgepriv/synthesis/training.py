@@ -1,11 +1,13 @@
 """Train a VAE: plainly or by DP-SGD (opacus), seeded, resumable after each epoch, on any torch device.
 
 Rules: each epoch draws from a generator seeded by (seed, epoch), so a resumed run ends with the same weights; a
-checkpoint is one safetensors file, readable by its owner only, because weights that saw private records leak.
+checkpoint names the digest of its data, so that no run goes on with weights that saw other records; it
+is one safetensors file, readable by its owner only, because weights that saw private records leak.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import warnings
@@ -60,20 +62,21 @@ def train_vae(
 
     Raises:
         DataError: fewer images than latent dimensions, or a shape that is not the configuration's.
-        ConfigError: the checkpoint belongs to another configuration.
+        ConfigError: the checkpoint belongs to another configuration or other data.
     """
     _check(images, labels, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae = Vae(config).to(device)
     trainer = _DpTrainer(vae, dp, len(images), seed) if dp else _PlainTrainer(vae, seed)
-    start = _resume(checkpoint, trainer) if checkpoint and checkpoint.exists() else 0
+    origin = _digest(images, labels) if checkpoint else ""
+    start = _resume(checkpoint, trainer, origin) if checkpoint and checkpoint.exists() else 0
     x, y = to_tensor(images, device), torch.from_numpy(np.ascontiguousarray(labels)).to(device)
     vae.train()
     for epoch in range(start, config.epochs):
         trainer.epoch(x, y, epoch)
         if checkpoint:
-            _write(checkpoint, trainer.state(), {**config.as_dict(), "epoch": epoch + 1})
+            _write(checkpoint, trainer.state(), {**config.as_dict(), "epoch": epoch + 1, "data": origin})
         if progress:
             progress(epoch + 1, config.epochs)
     vae.eval()
@@ -260,12 +263,17 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return tensors, dict(header)
 
 
-def _resume(path: Path, trainer: _PlainTrainer) -> int:
+def _digest(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(images).tobytes() + labels.tobytes()).hexdigest()
+
+
+def _resume(path: Path, trainer: _PlainTrainer, origin: str) -> int:
     tensors, header = _read(path)
     epoch = int(header.pop("epoch", 0))
-    if header != trainer.vae.config.as_dict():
+    if header != {**trainer.vae.config.as_dict(), "data": origin}:
         raise ConfigError(
-            f"{path} belongs to another configuration", hint="remove it, or repeat the command that wrote it"
+            f"{path} belongs to another configuration or other data",
+            hint="remove it, or repeat the command that wrote it",
         )
     trainer.restore(tensors)
     return epoch

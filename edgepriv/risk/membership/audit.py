@@ -64,6 +64,10 @@ class AttackResult:
     tpr_at_01pct: float | None
     sd_targets: float
 
+    def tpr_at(self, rate: float) -> float | None:
+        """TPR at an FPR of 0.01, or of 0.001 where enough non-members were there."""
+        return self.tpr_at_1pct if rate >= 0.01 else self.tpr_at_01pct
+
     def as_json(self) -> dict[str, Any]:
         """Plain values, rounded to 4 decimals."""
         return {
@@ -104,21 +108,25 @@ class AuditReport:
         """Whether the permuted null reads one half within its own 99 % interval."""
         return self.null_interval[0] <= self.null_auc <= self.null_interval[1]
 
-    def verdict(self, max_auc: float = 0.60, max_tpr: float = 0.05) -> str:
+    def verdict(self, max_auc: float = 0.60, max_tpr: float = 0.05, *, rate: float = 0.01) -> str:
         """One sentence: void, leak, weak evidence, or nothing found."""
         top = self.strongest
         if not self.null_holds:
             return f"Void: the permuted null reads {self.null_auc:.3f}, so the evaluation itself is wrong."
-        if self.exceeds(max_auc, max_tpr):
-            return f"Leak: {top.attack} on the {top.surface} reaches AUC {top.auc:.3f}."
+        if self.exceeds(max_auc, max_tpr, rate=rate):
+            return f"Leak: {top.attack} on the {top.surface} reaches AUC {top.auc:.3f}{self._worst_rate(rate)}."
         held = f"the strongest of {len(self.attacks)} attacks ({top.attack}) reaches AUC {top.auc:.3f}"
         if self.weak:
             return f"Weak evidence: without shadow models only weak attacks ran; {held}. This does not show safety."
         return f"Nothing found above the threshold: {held}. An empirical result, not a proof."
 
-    def exceeds(self, max_auc: float, max_tpr: float) -> bool:
-        """Whether any attack passes a threshold on AUC or on TPR at 1 % FPR."""
-        return any(a.auc > max_auc or (a.tpr_at_1pct or 0.0) > max_tpr for a in self.attacks)
+    def exceeds(self, max_auc: float, max_tpr: float, *, rate: float = 0.01) -> bool:
+        """Whether any attack passes a threshold on AUC or on TPR at the FPR ``rate`` (0.01 or 0.001)."""
+        return any(a.auc > max_auc or (a.tpr_at(rate) or 0.0) > max_tpr for a in self.attacks)
+
+    def _worst_rate(self, rate: float) -> str:
+        known = [(value, a.attack) for a in self.attacks if (value := a.tpr_at(rate)) is not None]
+        return f"; the largest TPR at {rate:.1%} FPR is {max(known)[0]:.1%} ({max(known)[1]})" if known else ""
 
     def as_json(self) -> dict[str, Any]:
         """The keys of a release card's ``audit``, then the rest."""
