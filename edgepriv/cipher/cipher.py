@@ -31,26 +31,33 @@ if TYPE_CHECKING:
 BLOB_PAD_BYTES = 4096
 
 
+USES = {
+    "aead": ("commit", "aead"),
+    "flep3": ("commit", "aead", "layer1", "layer2"),
+    "flep3-strong": ("commit", "aead", "layer1", "layer2", "strong-hash", "strong-prf"),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class FrameKeys:
-    """The keys of one frame, one HKDF label for each use; see README.md."""
+    """The keys of one frame, one HKDF label for each use; empty where the profile has no such use."""
 
-    layer1: bytes
-    layer2: bytes
-    strong_hash: bytes
-    strong_prf: bytes
-    aead: bytes
     commitment: bytes
+    aead: bytes
+    layer1: bytes = b""
+    layer2: bytes = b""
+    strong_hash: bytes = b""
+    strong_prf: bytes = b""
 
     def __repr__(self) -> str:
         return "FrameKeys(hidden)"
 
 
-def frame_keys(ck: bytes, mid: bytes, header: bytes) -> FrameKeys:
+def frame_keys(ck: bytes, mid: bytes, header: bytes, profile: str) -> FrameKeys:
     """Derive a frame's keys: HKDF-SHA256, extracted once with the message id as salt, expanded by label | header."""
     prk = primitives.hkdf_extract(ck, mid)
-    uses = ("layer1", "layer2", "strong-hash", "strong-prf", "aead", "commit")
-    return FrameKeys(*(primitives.hkdf_expand(prk, f"edgepriv/frame/{use}/v1\x00".encode() + header) for use in uses))
+    expand = primitives.hkdf_expand
+    return FrameKeys(*[expand(prk, b"edgepriv/frame/%b/v1\x00%b" % (use.encode(), header)) for use in USES[profile]])
 
 
 def overhead_bytes(profile: str, auth: str) -> int:
@@ -74,6 +81,12 @@ class FrameSealer:
 
     def seal(self, value: Picture | NDArray[Any] | bytes, *, counter: int, mid: bytes) -> memoryview:
         """Seal one frame; the result is a view into a buffer that the next call overwrites."""
+        view, end = self.encrypt(value, counter=counter, mid=mid)
+        view[end:] = self._authenticate(view, end)
+        return view
+
+    def encrypt(self, value: Picture | NDArray[Any] | bytes, *, counter: int, mid: bytes) -> tuple[memoryview, int]:
+        """All of `seal` but the MAC or signature: the whole view, and the offset at which that begins."""
         picture = Picture.of(value)
         meta, payload = payload_of(picture)
         record = self._epoch.record
@@ -87,25 +100,19 @@ class FrameSealer:
         )
         size = padded_bytes(picture, payload.size)
         view = self._view(size + overhead_bytes(record.profile, record.auth))
-        keys = frame_keys(self._ck, mid, header)
         end = len(view) - AUTH_BYTES[record.auth]
+        keys = frame_keys(self._ck, mid, header, record.profile)
         view[:BODY_OFFSET] = header + keys.commitment
-        body = np.frombuffer(view[BODY_OFFSET : end - primitives.TAG_BYTES], np.uint8)
-        body[:META_BYTES] = np.frombuffer(encode_meta(meta), np.uint8)
+        plain = view[BODY_OFFSET : end - primitives.TAG_BYTES]
+        plain[:META_BYTES] = encode_meta(meta)
         if size != payload.size:
             payload = np.concatenate([payload, np.zeros(size - payload.size, np.uint8)])
-        apply_layers(payload, record.profile, self._alg, keys, body[META_BYTES:])
-        backend = primitives.backend()
-        backend.seal_into(
-            self._alg,
-            keys.aead,
-            primitives.ZERO_NONCE,  # safe: this key seals this frame only
-            body.data,
-            view[:BODY_OFFSET],
-            view[BODY_OFFSET:end],
+        apply_layers(payload, record.profile, self._alg, keys, np.frombuffer(plain[META_BYTES:], np.uint8))
+        # The constant nonce is safe because keys.aead seals this frame only. Encrypts in place.
+        primitives.backend().seal_into(
+            self._alg, keys.aead, primitives.ZERO_NONCE, plain, view[:BODY_OFFSET], view[BODY_OFFSET:end]
         )
-        view[end:] = self._authenticate(view, end)
-        return view
+        return view, end
 
     def _view(self, size: int) -> memoryview:
         if size > wire.MAX_BYTES:
@@ -232,7 +239,7 @@ class FrameOpener:
         return picture
 
     def _open_authentic(self, envelope: Envelope) -> Picture:
-        keys = frame_keys(self._ck, envelope.mid, envelope.header)
+        keys = frame_keys(self._ck, envelope.mid, envelope.header, envelope.profile)
         if not primitives.equal(keys.commitment, envelope.commitment):
             raise primitives.not_authentic()
         size = len(envelope.ciphertext) - primitives.TAG_BYTES

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     Bytes = NDArray[np.uint8]
 
-MAX_BLOCKS = 4096
+MAX_BLOCKS = 1024
 MIN_BLOCK_BYTES = 16
 SYNTHETIC_BYTES = 32
 _INDEX_MASK = np.uint64(MAX_BLOCKS - 1)
@@ -28,7 +28,7 @@ _NK_LABEL = b"edgepriv/strong-nk/v1"
 
 
 def block_bytes(size: int) -> int:
-    """The block size for a payload: the smallest 16 * 2^j that gives at most 4,096 whole blocks."""
+    """The block size for a payload: the smallest 16 * 2^j that gives at most 1,024 whole blocks."""
     block = MIN_BLOCK_BYTES
     while size // block > MAX_BLOCKS:
         block *= 2
@@ -38,8 +38,8 @@ def block_bytes(size: int) -> int:
 def permutation(key: bytes, blocks: int, alg: primitives.Alg) -> NDArray[np.intp]:
     """The permutation p of ``blocks`` blocks under a single-use key: output block j is input block p[j].
 
-    Word i is key-stream bytes 8i..8i+7 (little-endian) with its 12 lowest bits replaced by i; sorted ascending, the
-    lowest 12 bits are p. No two words are equal, so every sorting method gives the same p.
+    Word i is key-stream bytes 8i..8i+7 (little-endian) with its 10 lowest bits replaced by i; sorted ascending, the
+    lowest 10 bits are p. No two words are equal, so every sorting method gives the same p.
     """
     words = np.zeros(blocks, dtype="<u8")
     if blocks:

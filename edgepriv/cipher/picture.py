@@ -1,8 +1,22 @@
 """What is sealed: pixels of any common kind, or the compressed bytes as the camera made them.
 
-Inside the AEAD each payload is preceded by 128 bytes: ``length (2, big-endian) | CBOR map | zeros``. The map has
-``codec`` (text), ``dtype`` (text, empty for blobs), ``shape`` (list, empty for blobs), ``size`` (payload bytes before
-padding) and ``taken`` (Unix seconds, 0 when unknown). Pixels are little-endian, in C order.
+Inside the AEAD each payload is preceded by 64 bytes (integers big-endian):
+
+====== ===== ==========================================================================================
+offset bytes field
+====== ===== ==========================================================================================
+0      1     version of this table (1)
+1      1     codec: 0 raw, 1 gray, 2 rgb, 3 rgba, 4 bgr, 5 to 8 bayer rggb, bggr, grbg, gbrg;
+             64 jpeg, 65 png, 66 blob
+2      1     type: 0 none (blobs), 1 uint8, 2 uint16, 3 float32
+3      1     number of axes: 0 (blobs), 2 or 3
+4      12    height, width, channels, 4 bytes each; 0 where there is no such axis
+16     8     size: payload bytes before padding
+24     8     time of capture, Unix seconds, IEEE 754 double; 0 when unknown
+32     32    zeros
+====== ===== ==========================================================================================
+
+Pixels are little-endian, in C order.
 """
 
 from __future__ import annotations
@@ -15,17 +29,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgepriv.errors import DataError, WireError
-from edgepriv.wire import cbor
 from edgepriv.wire.envelope import MAX_BYTES, META_BYTES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-PIXEL_CODECS = ("gray", "rgb", "rgba", "bgr", "bayer-rggb", "bayer-bggr", "bayer-grbg", "bayer-gbrg", "raw")
+PIXEL_CODECS = ("raw", "gray", "rgb", "rgba", "bgr", "bayer-rggb", "bayer-bggr", "bayer-grbg", "bayer-gbrg")
 BLOB_CODECS = ("jpeg", "png", "blob")
+_FIRST_BLOB_CODE = 64
+_CODEC_CODES = {name: code for code, name in enumerate(PIXEL_CODECS)} | {
+    name: code for code, name in enumerate(BLOB_CODECS, _FIRST_BLOB_CODE)
+}
+_CODEC_NAMES = {code: name for name, code in _CODEC_CODES.items()}
+_TABLE_VERSION = 1
 DTYPES: dict[str, np.dtype[Any]] = {"uint8": np.dtype("u1"), "uint16": np.dtype("<u2"), "float32": np.dtype("<f4")}
 _CHANNELS = {"rgb": 3, "bgr": 3, "rgba": 4}
-_LENGTH = struct.Struct(">H")
+_DTYPE_CODES = {"": 0} | {name: code for code, name in enumerate(DTYPES, 1)}
+_DTYPE_NAMES = {code: name for name, code in _DTYPE_CODES.items()}
+_TABLE = struct.Struct(">BBBBIIIQd32s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +128,7 @@ def _shape_problem(codec: str, shape: tuple[int, ...]) -> str:
     """What is wrong with a shape under a codec, or an empty string."""
     if codec not in PIXEL_CODECS:
         return f"unknown pixel codec {codec[:20]!r}"
-    if len(shape) not in {2, 3} or min(shape) < 1:
+    if len(shape) not in {2, 3} or min(shape) < 1 or max(shape) >= 1 << 32:
         return f"an image of shape {shape} has no area or too many axes"
     channels = shape[2] if len(shape) == 3 else 1
     if channels > 16 or channels != _CHANNELS.get(codec, channels):
@@ -118,33 +139,28 @@ def _shape_problem(codec: str, shape: tuple[int, ...]) -> str:
 
 
 def encode_meta(meta: Meta) -> bytes:
-    """The 128 bytes before a payload."""
-    body = cbor.encode(
-        {"codec": meta.codec, "dtype": meta.dtype, "shape": list(meta.shape), "size": meta.size, "taken": meta.taken}
-    )
-    if len(body) > META_BYTES - _LENGTH.size:
-        raise DataError("the description of this image does not fit its 128 bytes")
-    return (_LENGTH.pack(len(body)) + body).ljust(META_BYTES, b"\x00")
+    """The 64 bytes before a payload."""
+    axes = (*meta.shape, 0, 0, 0)[:3]
+    codes = (_CODEC_CODES[meta.codec], _DTYPE_CODES[meta.dtype], len(meta.shape))
+    return _TABLE.pack(_TABLE_VERSION, *codes, *axes, meta.size, meta.taken, b"")
 
 
 def decode_meta(raw: bytes, payload_bytes: int) -> Meta:
-    """Check and decode the 128 bytes, or raise WireError; ``payload_bytes`` is what follows, padding included."""
-    (length,) = _LENGTH.unpack_from(raw)
-    if len(raw) != META_BYTES or length > META_BYTES - _LENGTH.size or any(raw[_LENGTH.size + length :]):
+    """Check and decode the 64 bytes, or raise WireError; ``payload_bytes`` is what follows, padding included."""
+    if len(raw) != META_BYTES:
+        raise WireError("a sealed description is cut off")
+    version, codec, dtype, ndim, height, width, channels, size, taken, zeros = _TABLE.unpack(raw)
+    if version != _TABLE_VERSION or codec not in _CODEC_NAMES or dtype not in _DTYPE_NAMES or ndim > 3 or any(zeros):
         raise WireError("a sealed description is malformed")
-    body = cbor.decode_map(raw[_LENGTH.size : _LENGTH.size + length], max_bytes=META_BYTES)
-    match body:
-        case {"codec": str(codec), "dtype": str(dtype), "shape": list(shape), "size": int(size), "taken": float(taken)}:
-            meta = Meta(codec, dtype, tuple(shape), size, taken)
-        case _:
-            raise WireError("a sealed description lacks a field")
-    if len(body) != 5 or not _consistent(meta) or not 0 < meta.size <= payload_bytes <= MAX_BYTES:
+    axes = (height, width, channels)
+    meta = Meta(_CODEC_NAMES[codec], _DTYPE_NAMES[dtype], axes[:ndim], size, taken)
+    if any(axes[ndim:]) or not _consistent(meta) or not 0 < size <= payload_bytes <= MAX_BYTES:
         raise WireError("a sealed description contradicts itself")
     return meta
 
 
 def _consistent(meta: Meta) -> bool:
-    if not math.isfinite(meta.taken) or any(type(n) is not int for n in (*meta.shape, meta.size)):
+    if not math.isfinite(meta.taken):
         return False
     if meta.codec in BLOB_CODECS:
         return not meta.dtype and not meta.shape

@@ -19,7 +19,7 @@ import os
 from functools import lru_cache
 from typing import Any, Literal, Protocol
 
-from edgepriv.errors import AuthenticationError, MissingDependencyError
+from edgepriv.errors import AuthenticationError, ConfigError, MissingDependencyError
 
 Alg = Literal["aes-256-gcm", "chacha20-poly1305"]
 AES_GCM: Alg = "aes-256-gcm"
@@ -103,14 +103,30 @@ class Backend(Protocol):
         ...
 
 
-@lru_cache(maxsize=4)
-def backend(name: str = "auto") -> Backend:
+BACKEND_VARIABLE = "EDGEPRIV_CRYPTO_BACKEND"
+
+
+def backend(name: str = "") -> Backend:
     """Return a backend: ``openssl``, ``portable`` or ``auto`` (the faster one that imports).
+
+    Without a name: what the environment variable EDGEPRIV_CRYPTO_BACKEND says, else ``auto``; read once.
 
     Raises:
         MissingDependencyError: ``openssl`` was asked for and the ``cryptography`` package is not installed.
     """
-    if name in {"auto", "openssl"}:
+    return _backend(name) if name else _default_backend()
+
+
+@lru_cache(maxsize=1)
+def _default_backend() -> Backend:
+    return _backend(os.environ.get(BACKEND_VARIABLE, "auto"))
+
+
+@lru_cache(maxsize=4)
+def _backend(name: str) -> Backend:
+    if name not in {"auto", "openssl", "portable"}:
+        raise ConfigError(f"no crypto backend {name!r}", hint=f"{BACKEND_VARIABLE} is openssl, portable or auto")
+    if name != "portable":
         try:
             from edgepriv.primitives.openssl import OpenSSLBackend
         except ImportError as error:
