@@ -1,0 +1,145 @@
+"""Find the decoys: the detectors of the reference, trained as an attacker would (scikit-learn).
+
+Who the attacker is: has the published layer and knows the method, but not the positions. Makes training data from
+the layer itself: encrypts random kernels of it in the same way, and learns to tell those decoys from the rest.
+Detectors: ``A`` moments and smoothness of a kernel; ``A+NN`` also distances to its nearest neighbours; ``B`` also its
+norm and direction relative to its output and input channel.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgepriv.selective_encryption import carrier, decoys
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from edgepriv.selective_encryption.carrier import Layer
+
+DETECTORS = ("A", "A+NN", "B")
+MIN_EACH = 40
+MAX_ROWS = 8000
+COPIES = 3
+
+
+def kernel_features(rows: NDArray[np.float64], inputs: int, detector: str) -> NDArray[np.float64]:
+    """Features of each kernel [units, features]."""
+    spread = rows.std() + 1e-12
+    k = rows / spread
+    parts = [
+        np.stack([k.mean(1), k.std(1), np.abs(k).mean(1), k.max(1), k.min(1), np.linalg.norm(k, axis=1)], 1),
+        _smoothness(k),
+        np.sort(np.abs(k), 1),
+        k,
+    ]
+    if detector != "A":
+        parts.append(_neighbours(k))
+    if detector == "B":
+        parts.append(_relative(k, inputs))
+    return np.concatenate(parts, 1)
+
+
+def _smoothness(k: NDArray[np.float64]) -> NDArray[np.float64]:
+    side = round(float(np.sqrt(k.shape[1])))
+    if side * side != k.shape[1] or side < 2:
+        return np.abs(np.diff(k, axis=1)).mean(1, keepdims=True) if k.shape[1] > 1 else np.zeros((len(k), 1))
+    square = k.reshape(-1, side, side)
+    down = np.abs(np.diff(square, axis=1)).mean((1, 2))
+    across = np.abs(np.diff(square, axis=2)).mean((1, 2))
+    centre = square[:, side // 2, side // 2]
+    return np.stack([down, across, centre, square[:, 0].mean(1), square[:, -1].mean(1)], 1)
+
+
+def _neighbours(k: NDArray[np.float64]) -> NDArray[np.float64]:
+    from sklearn.neighbors import NearestNeighbors
+
+    norms = np.linalg.norm(k, axis=1, keepdims=True) + 1e-12
+    parts = []
+    for space in (k, k / norms):
+        distances, _ = NearestNeighbors(n_neighbors=min(6, len(k))).fit(space).kneighbors(space)
+        parts.append(distances[:, 1:])
+        parts.append(distances[:, 1:] / norms)
+    return np.concatenate(parts, 1)
+
+
+def _relative(k: NDArray[np.float64], inputs: int) -> NDArray[np.float64]:
+    """Norm relative to both channels' medians, and cosine to both channels' mean kernels."""
+    grid = k.reshape(-1, inputs, k.shape[1])
+    norms = np.linalg.norm(grid, axis=2) + 1e-12
+    by_out = norms / np.median(norms, axis=1, keepdims=True)
+    by_in = norms / np.median(norms, axis=0, keepdims=True)
+    both = by_out / np.median(by_out, axis=0, keepdims=True)
+    unit = grid / norms[..., None]
+    cosines = [(unit * _directions(unit, axis)).sum(2) for axis in (0, 1)]
+    return np.stack([by_out, by_in, both, np.log(both), *cosines], 2).reshape(len(k), -1)
+
+
+def _directions(unit: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+    mean = unit.mean(axis, keepdims=True)
+    return np.asarray(mean / (np.linalg.norm(mean, axis=2, keepdims=True) + 1e-12))
+
+
+def layer_auc(
+    published: NDArray[Any], inputs: int, selected: NDArray[np.bool_], detector: str, *, kind: str, seed: int
+) -> float:
+    """AUC with which the attacker ranks the true decoys of one published layer.
+
+    Args:
+        published: the layer's rows with decoys.
+        inputs: input channels.
+        selected: the truth, for scoring only.
+        detector: one of ``DETECTORS``.
+        kind: of decoys, known to the attacker.
+        seed: of the attacker's own choices.
+    """
+    from sklearn.ensemble import HistGradientBoostingClassifier
+    from sklearn.metrics import roc_auc_score
+
+    rng = np.random.default_rng(seed)
+    features, labels = [], []
+    for copy in range(COPIES):
+        fake = np.zeros(len(published), bool)
+        fake[rng.choice(len(published), int(selected.sum()), replace=False)] = True
+        noise = decoys.PrfNoise(rng.bytes(32), bytes(16), f"attacker-{copy}")
+        made = decoys.decoy_rows(published, inputs, fake, noise, kind=kind)
+        features.append(kernel_features(made.astype(np.float64), inputs, detector))
+        labels.append(fake)
+    model = HistGradientBoostingClassifier(
+        max_iter=80, learning_rate=0.08, min_samples_leaf=20, class_weight="balanced", random_state=seed
+    )
+    model.fit(np.concatenate(features), np.concatenate(labels))
+    scores = model.predict_proba(kernel_features(published.astype(np.float64), inputs, detector))[:, 1]
+    return float(roc_auc_score(selected, scores))
+
+
+def detect(
+    masked: Any,
+    layers: Sequence[Layer],
+    selected: Mapping[str, NDArray[np.bool_]],
+    detector: str,
+    *,
+    kind: str,
+    seed: int = 0,
+) -> float:
+    """AUC over the layers that are neither whole nor empty, weighted by their decoys; 0.5 if there is none.
+
+    In a wholly encrypted layer there is nothing to find: its positions are public anyway.
+    """
+    total, weight = 0.0, 0
+    for layer in layers:
+        hidden = selected[layer.name]
+        count = int(min(hidden.sum(), (~hidden).sum()))
+        if count < MIN_EACH or layer.unit_size < 4:
+            continue
+        rows = carrier.weight_rows(masked, layer)[: MAX_ROWS // layer.inputs * layer.inputs]
+        part = hidden[: len(rows)]
+        if min(part.sum(), (~part).sum()) < MIN_EACH:
+            continue
+        total += count * layer_auc(rows, layer.inputs, part, detector, kind=kind, seed=seed)
+        weight += count
+    return total / weight if weight else 0.5

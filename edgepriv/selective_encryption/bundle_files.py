@@ -1,0 +1,110 @@
+"""A protected model as a folder: what lies where, read and written. The only files-touching part, used by the CLI.
+
+``manifest.cbor``, ``carrier.onnx`` (and ``carrier.weights``; with ``.sealed`` in the sealed modes), ``level-N.segment``
+are public. ``owner/`` (0700) holds the top level's key and the decoy secret (0600): never ship it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgepriv.errors import DataError, KeyFileError, MissingFileError
+from edgepriv.selective_encryption import manifest, onnx_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+    from pathlib import Path
+
+MANIFEST = "manifest.cbor"
+OWNER = "owner"
+SECRETS = "secrets.json"
+
+
+def write_bundle(folder: Path, files: Mapping[str, bytes], signed: bytes, secrets: Mapping[str, bytes]) -> None:
+    """Write a bundle; the manifest comes last, so that a folder with one is whole.
+
+    Raises:
+        KeyFileError: the folder already holds the secrets of a protected model.
+    """
+    owner = folder / OWNER
+    owner.mkdir(parents=True, exist_ok=True, mode=0o700)
+    owner.chmod(0o700)
+    text = json.dumps({name: value.hex() for name, value in secrets.items()}, indent=1)
+    try:
+        fd = os.open(owner / SECRETS, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError as error:
+        raise KeyFileError(f"{folder} holds a protected model already", hint="choose another --out") from error
+    with os.fdopen(fd, "w") as file:
+        file.write(text)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    (folder / MANIFEST).write_bytes(signed)
+
+
+def read_secrets(folder: Path) -> dict[str, bytes]:
+    """The owner's secrets of a bundle.
+
+    Raises:
+        MissingFileError: this folder is not the owner's copy.
+        KeyFileError: readable by others, or malformed.
+    """
+    path = folder / OWNER / SECRETS
+    if not path.is_file():
+        raise MissingFileError(f"{folder} has no owner's secrets", hint="give the folder that `protect` wrote")
+    if path.stat().st_mode & 0o077:
+        raise KeyFileError(f"{path} can be read by others", hint=f"chmod 600 {path}")
+    try:
+        return {name: bytes.fromhex(value) for name, value in json.loads(path.read_text()).items()}
+    except (ValueError, AttributeError, TypeError):
+        raise KeyFileError(f"{path} is malformed") from None
+
+
+def read_manifest(folder: Path, issuers: Collection[bytes]) -> tuple[manifest.Manifest, bytes]:
+    """Read and verify a bundle's manifest; returns it with its signed bytes."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise MissingFileError(f"{folder} holds no protected model", hint="it must hold manifest.cbor")
+    signed = path.read_bytes()
+    return manifest.decode_manifest(signed, issuers), signed
+
+
+def read_stored(folder: Path, paper: manifest.Manifest, *, level: int | None = None) -> dict[str, Any]:
+    """Map the bundle's files for restoring; carriers in clear are copy-on-write maps, so nothing can reach the disk.
+
+    Raises:
+        MissingFileError: a file is not there.
+        DataError: a file has not its signed size.
+    """
+    stored: dict[str, Any] = {}
+    for index, entry in enumerate(paper.files):
+        path = folder / paper.stored_name(entry)
+        if not path.is_file():
+            raise MissingFileError(f"the bundle lacks {path.name}", hint="fetch the model again")
+        if not paper.sealed and path.stat().st_size != entry.size:
+            raise DataError(f"{path.name} has {path.stat().st_size} bytes, the manifest says {entry.size}")
+        if paper.sealed or index == 0:
+            stored[path.name] = np.fromfile(path, np.uint8)
+        else:
+            stored[path.name] = np.asarray(np.memmap(path, np.uint8, mode="c"))
+    for item in paper.levels[:level]:
+        path = folder / item.segment.name
+        if not path.is_file():
+            raise MissingFileError(f"the bundle lacks {path.name}", hint="fetch the model again")
+        stored[path.name] = path.read_bytes()
+    return stored
+
+
+def check_plain_model(folder: Path, name: str) -> None:
+    """Refuse to take a carrier for a plain model: a manifest beside it means that it holds decoys.
+
+    Raises:
+        DataError: the file belongs to a protected model.
+    """
+    path = folder / name
+    if (folder / MANIFEST).is_file() and path.is_file():
+        onnx_bytes.parse(path.read_bytes())
+        raise DataError(f"{path} is the carrier of a protected model", hint="give the device a permission for it")
