@@ -187,6 +187,10 @@ class Inferer:
         features = np.asarray(results[1], np.float32).reshape(-1) if len(results) > 1 else EMPTY
         return Inference(frame, logits, features)
 
+    def run(self, inputs: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        """Outputs for inputs that are prepared already, with a batch axis: logits, then features where named."""
+        return [np.asarray(out) for out in self._session.run(self._outputs, {self._input: inputs})]
+
     def _detections(self, frame: Frame, boxes: Any, scores: Any, classes: Any) -> Inference:
         scores = np.asarray(scores, np.float32).reshape(-1)
         keep = scores >= self.spec.score_threshold

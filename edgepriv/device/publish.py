@@ -13,7 +13,8 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from edgepriv.wire import messages, topics
+from edgepriv.errors import WireError
+from edgepriv.wire import envelope, messages, topics
 from edgepriv.wire.messages import Ack, Chunk, FrameMessage, Grant, Offer
 from edgepriv.wire.transfer import PACKET_OVERHEAD_BYTES, REF_BYTES, chunk_bytes_for, chunk_count, from_ranges
 
@@ -121,6 +122,10 @@ class Publisher:
         if payload is None:
             return True
         if item.kind == "frame":
+            if not _is_envelope(payload, item.digest):
+                self._spool.remove(item.digest)
+                self._spool.count("damaged_frames")
+                return True
             done = self.send_message(FrameMessage(payload))
         else:
             done = self._link.send(self._topic, payload)
@@ -193,3 +198,11 @@ class Publisher:
         self._known_epochs.clear()
         self._epoch_sent.clear()
         self._in_flight.clear()
+
+
+def _is_envelope(raw: bytes, digest: bytes) -> bool:
+    """Whether the bytes from the disk are still the envelope that was spooled (its MAC is the gateway's to check)."""
+    try:
+        return envelope.parse(raw).digest() == digest
+    except WireError:
+        return False

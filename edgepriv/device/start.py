@@ -11,7 +11,6 @@ from edgepriv.device.config import load_config
 from edgepriv.device.fetch import Fetcher
 from edgepriv.device.infer import Inferer
 from edgepriv.device.learn import Learner
-from edgepriv.device.ledger import SceneLedger
 from edgepriv.device.publish import Publisher
 from edgepriv.device.release import parse_policy
 from edgepriv.device.runtime import DeviceRuntime, Stages
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from edgepriv.device.config import BrokerConfig, DeviceConfig
+    from edgepriv.device.ledger import SceneLedger
     from edgepriv.mqtt import Link
 
 MAX_MODEL_BYTES = 512 << 20
@@ -126,6 +126,8 @@ def _options(source: dict[str, Any]) -> dict[str, Any]:
 def _ledger(config: DeviceConfig, state: Path) -> SceneLedger | None:
     if config.release.bits_per_scene <= 0:
         return None
+    from edgepriv.device.ledger import SceneLedger
+
     return SceneLedger(
         state / "ledger.db", bits_per_scene=config.release.bits_per_scene, window_s=config.release.scene_window_s
     )
