@@ -28,12 +28,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgepriv.errors import DataError, RefusedError, WireError
-from edgepriv.federated.fixed_point import add_into, decode_sum
+from edgepriv.federated.fixed_point import add_into, decode_sum, ring_of
 from edgepriv.federated.layout import Layout
 from edgepriv.wire import cbor
 from edgepriv.wire.rounds import MASKED
 from edgepriv.wire.update import DTYPES, encode_header, read_header
-from gateway.update_files import blocks, masked_length, open_source, ring_of
+from gateway.update_files import blocks, masked_length, open_source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -298,7 +298,7 @@ def _decode(
     weights = reader.next(len(opened.tensors)).astype(np.int64)
     reader.close()
     if opened.noise != "none":
-        weights = np.full_like(weights, max(len(checkpoint.taken), 1))  # a public denominator: weights are all 1
+        weights = np.full_like(weights, opened.survivors)  # a fixed public denominator: nobody's presence shows in it
     if (weights < 0).any() or weights.max() > opened.max_weight * opened.devices:
         raise RefusedError("the sum's weights are impossible: a device sent a wrong masked update")
     return path, weights
@@ -313,13 +313,19 @@ def _apply(
         writer.write(file)
         sync(file)
     norm = float(np.sqrt(writer.squares))
-    # an honest mean of clipped updates is at most the clip; noise adds its own expected length
-    limit = opened.clip * 1.01 + 6 * opened.noise_multiplier * opened.clip * np.sqrt(writer.values) / devices
+    limit = _longest_honest(opened, writer.values, devices) * rate
     if norm > limit:
         fresh.unlink()
         raise RefusedError(f"the mean update has norm {norm:.3g}, no honest one is above {limit:.3g}")
     rename(fresh, out)
     return Result(writer.digest.digest(), out.stat().st_size, norm, devices)
+
+
+def _longest_honest(opened: RoundOpen, values: int, devices: int) -> float:
+    """A mean of clipped updates is at most the clip; noise adds its own length; rounding half a step a value."""
+    scale = devices / opened.survivors if opened.noise != "none" else 1.0
+    noise = 4 * opened.noise_multiplier * np.sqrt(values) / opened.survivors
+    return float(opened.clip * (1.001 * scale + noise) + np.sqrt(values) * 2.0**-opened.fraction_bits)
 
 
 class _WeightsWriter:
@@ -347,9 +353,9 @@ class _WeightsWriter:
         for a, b in blocks(0, size):
             values = _read(base, b - a, DTYPES[dtype])
             if step:
-                change = step(b - a)
+                change = self.rate * step(b - a)
                 self.squares += float(np.dot(change, change))
-                values = (values + self.rate * change).astype("<f4")
+                values = (values + change).astype("<f4")
             self._put(file, values)
 
     def _steps(self, slot: Any, mean: Any) -> Callable[[int], NDArray[np.float64]]:

@@ -87,6 +87,7 @@ class Conductor:
         self._pending: dict[int, dict[tuple[str, bytes], Staged]] = {}
         self._paths: dict[bytes, Path] = {}
         self._unmaskers: dict[int, Any] = {}
+        self._ended: list[int] = []
         self.models.mkdir(parents=True, exist_ok=True)
 
     # --- global weights -----------------------------------------------------------------------------------
@@ -145,6 +146,10 @@ class Conductor:
                 for device, _stale, digest, _weight in taken:
                     out += self._carry_out(current, self._note_folded(current, device, digest, now), now)
             out += self._carry_out(current, current.resume(now), now)
+        for folder in self.folder.glob("round-*"):
+            number = folder.name.removeprefix("round-")
+            if number.isdigit() and int(number) not in self.rounds:
+                shutil.rmtree(folder, ignore_errors=True)
         return out
 
     def on_message(self, device: str, outer: RoundMessage, now: float) -> list[Outgoing]:
@@ -201,6 +206,8 @@ class Conductor:
     def tick(self, now: float) -> list[Outgoing]:
         """Let time pass and do the heavy work that is due. Call it at least once a second."""
         out: list[Outgoing] = []
+        while self._ended:  # the caller's transaction that holds the record is over by now
+            shutil.rmtree(self._round_folder(self._ended.pop()), ignore_errors=True)
         for current in list(self.rounds.values()):
             out += self._fold_pending(current, now)
             if current.state not in ENDED:
@@ -318,6 +325,6 @@ class Conductor:
         if all(r.round != record.round for r in self.records):
             self.records.append(record)
         self._pending.pop(record.round, None)
-        shutil.rmtree(self._round_folder(record.round), ignore_errors=True)
+        self._ended.append(record.round)
         for number in sorted(n for n, r in self.rounds.items() if r.state in ENDED)[:-2]:
             del self.rounds[number]  # the last two are kept to answer latecomers

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from edgepriv.errors import ConfigError
-from edgepriv.federated.fixed_point import choose_ring
+from edgepriv.federated.fixed_point import choose_ring, noise_slack
 from edgepriv.wire.rounds import CLEAR, MASKED, RoundOpen
 
 RULES = ("mean", "trimmed", "median", "fltrust")
@@ -77,7 +76,7 @@ class RoundPlan:
 def announcement(plan: RoundPlan, devices: int, now: float) -> RoundOpen:
     """The announcement; raises ConfigError where the ring could overflow."""
     survivors = max(plan.quorum, plan.min_cohort) if plan.privacy == MASKED else plan.quorum
-    slack = math.ceil(12 * plan.noise_multiplier * plan.clip * 2.0**plan.fraction_bits) if plan.noise != "none" else 0
+    slack = noise_slack(plan.noise_multiplier, plan.clip, plan.fraction_bits) if plan.noise != "none" else 0
     ring = choose_ring(
         fraction_bits=plan.fraction_bits,
         bound=plan.clip,

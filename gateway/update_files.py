@@ -15,7 +15,7 @@ import numpy as np
 
 from edgepriv.errors import WireError
 from edgepriv.federated.compression import INDEX, VALUE, check_indices, random_coordinates, split_name
-from edgepriv.federated.fixed_point import Ring, add_into, quantise
+from edgepriv.federated.fixed_point import Ring, add_into, quantise, ring_of
 from edgepriv.federated.layout import Layout, Slot
 from edgepriv.wire.rounds import MASKED
 from edgepriv.wire.update import DTYPES, read_header
@@ -29,11 +29,6 @@ if TYPE_CHECKING:
 
 BLOCK = 1 << 18
 MASKED_NAME = "masked"
-
-
-def ring_of(opened: RoundOpen) -> Ring:
-    """The arithmetic that an announcement states."""
-    return Ring(opened.ring_bits, opened.fraction_bits, opened.clip, opened.max_weight, opened.devices)
 
 
 def blocks(first: int, last: int) -> Iterator[tuple[int, int]]:

@@ -2,8 +2,8 @@
 
 topk sends, for each tensor, ``NAME#i`` (uint32 positions, ascending) and ``NAME#v`` (float32); what was not sent is
 kept on the device and added next time (error feedback, Stich et al. 2018). Where values must be summed under masks
-the coordinates have to be the same for all: random-k draws them from the round's public seed, and the values are
-scaled by 1/keep, so the mean stays unbiased (Konecny et al. 2016).
+the coordinates have to be the same for all: random-k draws them from the round's public seed (Konecny et al. 2016).
+Values are not scaled: a server rate of 1/keep makes the mean unbiased.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ product is exact in float64 and q is the same on every machine.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ from edgepriv.errors import ConfigError, WireError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from edgepriv.wire.rounds import RoundOpen
 
 MAX_WEIGHT = 1 << 20
 MAX_DEVICES = 1 << 20
@@ -80,6 +83,19 @@ def choose_ring(*, fraction_bits: int, bound: float, max_weight: int, devices: i
         return Ring(64, fraction_bits, bound, max_weight, devices, slack)
 
 
+def noise_slack(noise_multiplier: float, clip: float, fraction_bits: int) -> int:
+    """Steps that one device's noise may add: twelve deviations of the whole sum's noise."""
+    return math.ceil(12 * noise_multiplier * clip * 2.0**fraction_bits)
+
+
+def ring_of(opened: RoundOpen) -> Ring:
+    """The arithmetic that an announcement states; raises ConfigError where it could overflow."""
+    slack = 0
+    if opened.noise != "none":
+        slack = noise_slack(opened.noise_multiplier, opened.clip, opened.fraction_bits)
+    return Ring(opened.ring_bits, opened.fraction_bits, opened.clip, opened.max_weight, opened.devices, slack)
+
+
 def quantise(values: NDArray[Any], weight: int, ring: Ring, *, factor: float = 1.0) -> NDArray[Any]:
     """Weighted values as ring elements (same shape); ``factor`` scales them first (norm clipping at the gateway).
 
@@ -100,12 +116,27 @@ def quantise(values: NDArray[Any], weight: int, ring: Ring, *, factor: float = 1
     return scaled.astype(np.int64).astype(ring.dtype, copy=False)
 
 
+def clip_steps(vector: NDArray[Any], limit: float, ring: Ring) -> NDArray[np.int64]:
+    """Signed steps of a ring vector with an *integer* L2 norm of at most ``limit``.
+
+    Rounding may push a clipped update above its bound, and privacy accounts for what is really sent; truncation
+    towards zero can only shorten it.
+    """
+    steps = signed(vector, ring)
+    norm = math.sqrt(float(np.dot(steps.astype(np.float64), steps.astype(np.float64))))
+    return steps if norm <= limit else np.trunc(steps * (limit / norm)).astype(np.int64)
+
+
+def signed(total: NDArray[Any], ring: Ring) -> NDArray[np.int64]:
+    """Ring elements as signed integers: the upper half of the ring is negative."""
+    return np.ascontiguousarray(total).view(f"<i{ring.bits // 8}").astype(np.int64)
+
+
 def add_into(total: NDArray[Any], part: NDArray[Any]) -> None:
     """``total += part`` in the ring (unsigned integers wrap by definition)."""
     np.add(total, part, out=total)
 
 
 def decode_sum(total: NDArray[Any], ring: Ring) -> NDArray[np.float64]:
-    """A sum as numbers: the upper half of the ring is negative."""
-    signed = np.ascontiguousarray(total).view(f"<i{ring.bits // 8}")
-    return signed.astype(np.float64) / ring.scale
+    """A sum as numbers."""
+    return signed(total, ring).astype(np.float64) / ring.scale

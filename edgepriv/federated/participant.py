@@ -140,7 +140,7 @@ class Participant:
         self._running: _Running | None = None
         self._answer: Send | None = None
         self.dirty = False
-        self.counters = {"joined": 0, "declined": 0, "uploaded": 0, "done": 0, "aborted": 0}
+        self.counters = {"joined": 0, "declined": 0, "uploaded": 0, "done": 0, "aborted": 0, "refused": 0}
         if state:
             self._restore(state)
 
@@ -181,7 +181,11 @@ class Participant:
         running = self._running
         if running is None or running.opened.round != outer.round or running.member is None:
             raise WireError("a step of a round that this device is not in")
-        actions = [Send(m) for m in running.member.receive(body)]
+        try:
+            actions = [Send(m) for m in running.member.receive(body)]
+        except RefusedError as error:
+            self.counters["refused"] += 1
+            return [] if running.uploaded else self._sit_out(running, str(error))
         return [*actions, *self._advance()]
 
     def model_ready(self, round_number: int, raw: bytes) -> list[Action]:

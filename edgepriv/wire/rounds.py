@@ -89,8 +89,8 @@ class Join:
 class Advert:
     """Two fresh X25519 public keys of one device for one round, never one for both, and what it commits to.
 
-    ``commitment``: SHA-256("edgepriv/mask-seed/v1" | 0x00 | seed), so a seed rebuilt from shares is checked before
-    it is used; garbage from wrong shares is found here.
+    ``mask_commitment``: SHA-256("edgepriv/mask-seed/v1" | 0x00 | seed) and ``self_commitment`` likewise, so a seed
+    rebuilt from shares is checked before it is used; garbage from wrong shares is found here.
     """
 
     round: int
@@ -99,7 +99,8 @@ class Advert:
     device: str
     share_key: bytes
     mask_key: bytes
-    commitment: bytes
+    mask_commitment: bytes
+    self_commitment: bytes
 
 
 @message.message("round-cohort")
@@ -244,7 +245,7 @@ def read_advert(raw: bytes, trust: TrustList) -> Advert:
             raise WireError("not an advertisement")
     if not isinstance(advert, Advert) or not len(advert.share_key) == len(advert.mask_key) == 32:
         raise WireError("not an advertisement")
-    if advert.share_key == advert.mask_key or len(advert.commitment) != 32:
+    if advert.share_key == advert.mask_key or not len(advert.mask_commitment) == len(advert.self_commitment) == 32:
         raise WireError("an advertisement uses one key for both purposes")
     trust.party(advert.device, "device").verify(ADVERT_USE, body, signature)
     return advert
