@@ -1,0 +1,146 @@
+"""``edgepriv audit outputs``: what a classifier's released outputs give away, and whether it was made to leak."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgepriv.errors import ConfigError, DataError, MissingFileError, RiskThresholdError
+
+if TYPE_CHECKING:
+    from edgepriv.risk.reconstruction.audit import AuditRequest, OutputAudit
+    from edgepriv.risk.reconstruction.leakage import Probe
+
+DEFAULT_POLICIES = ("argmax", "softmax:1", "softmax:2", "unsafe_raw_logits")
+
+
+@click.command()
+@click.option("--model", "model_path", required=True, type=click.Path(path_type=Path), help="ONNX classifier.")
+@click.option("--data", required=True, help="Pictures: a data set, or a folder of pictures without labels.")
+@click.option("--policy", "policies", multiple=True, help="Release policy; several are allowed.")
+@click.option("--arch", default=None, help="The model's architecture, where its graph cannot be read.")
+@click.option("--weights", default=None, type=click.Path(path_type=Path), help="Its weights (safetensors).")
+@click.option("--reference-models", default=5, show_default=True, type=click.IntRange(0, 1000))
+@click.option(
+    "--auditors",
+    default="conv",
+    show_default=True,
+    type=click.Choice(["ridge", "mlp", "conv"]),
+    help="Closed-form alone, or with a trained decoder.",
+)
+@click.option("--decoder-epochs", default=6, show_default=True, type=click.IntRange(1, 1000))
+@click.option("--images", default=6000, show_default=True, type=click.IntRange(60, 1_000_000))
+@click.option("--output", default=None, help="Name of the output to audit; the first by default.")
+@click.option("--input-scale", default=None, type=float, help="Factor from 0..255 pixels to the input; 1/255.")
+@click.option("--unlabelled", is_flag=True, help="Do not use the labels.")
+@click.option("--ridge", default=1e-2, show_default=True, type=float, help="Of the covariance in R.")
+@click.option("--limit", default=0.25, show_default=True, type=float, help="Explained variance that counts as high.")
+@click.option("--fail-on", default="never", show_default=True, type=click.Choice(["never", "vicious", "high"]))
+@click.option("--memory-mib", default=6144, show_default=True, type=click.IntRange(256), help="For opening the model.")
+@click.option("--device", default="cpu", show_default=True, help="torch device.")
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(1, 64))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option(
+    "--html", is_flag=False, flag_value="audit-outputs.html", default=None, help="Write a page with pictures."
+)
+def outputs(model_path: Path, data: str, *, as_json: bool, html: str | None, fail_on: str, **options: Any) -> None:
+    """Measure what a model's released outputs give away.
+
+    Exit code 3 where --fail-on is reached.
+    """
+    audit = _audit(model_path, data, options)
+    if html:
+        from edgepriv.risk.report import audit_html
+
+        Path(html).write_text(audit_html(audit), encoding="utf-8")
+        click.echo(f"wrote {html}", err=True)
+    click.echo(json.dumps(audit.as_dict(), indent=2) if as_json else as_text(audit))
+    failing = {"never": (), "vicious": ("vicious",), "high": ("vicious", "high leakage")}[fail_on]
+    if audit.verdict.word in failing:
+        raise RiskThresholdError(f"{model_path}: {audit.verdict.word}", hint="do not deploy it, or release less")
+
+
+def _audit(model_path: Path, data: str, options: dict[str, Any]) -> OutputAudit:
+    import torch
+
+    from edgepriv.device.release import parse_policy
+    from edgepriv.risk.reconstruction.audit import audit_outputs
+    from edgepriv.risk.reconstruction.supplied_model import OpeningLimits, SuppliedModel
+
+    if options["weights"] and not options["arch"]:
+        raise ConfigError("--weights needs --arch", hint="name the architecture that the weights belong to")
+    pipelines = [parse_policy(spec) for spec in options["policies"] or DEFAULT_POLICIES]
+    if unfit := [p.name for p in pipelines if p.task != "classify"]:
+        raise ConfigError(f"not a policy for classifiers: {', '.join(unfit)}")
+    torch.set_num_threads(options["threads"])
+    limits = OpeningLimits(memory_bytes=options["memory_mib"] << 20, threads=options["threads"])
+    model = SuppliedModel.find(model_path, limits=limits, scale=options["input_scale"], output=options["output"])
+    probe, reference_data = open_pictures(data, unlabelled=options["unlabelled"])
+    return audit_outputs(
+        model,
+        probe,
+        pipelines,
+        _request(options),
+        reference_data=reference_data,
+        progress=lambda s: click.echo(s, err=True),
+    )
+
+
+def _request(options: dict[str, Any]) -> AuditRequest:
+    from edgepriv.risk.reconstruction.audit import AuditRequest
+    from edgepriv.risk.reconstruction.decoders import DecoderSettings
+    from edgepriv.risk.reconstruction.leakage import AuditSettings
+
+    trained = None
+    if options["auditors"] != "ridge":
+        trained = DecoderSettings(form=options["auditors"], epochs=options["decoder_epochs"], device=options["device"])
+    return AuditRequest(
+        settings=AuditSettings(options["images"], trained, options["ridge"], options["device"]),
+        references=options["reference_models"],
+        architecture=options["arch"],
+        weights=options["weights"],
+        limit=options["limit"],
+    )
+
+
+def open_pictures(spec: str, *, unlabelled: bool = False) -> tuple[Probe, Probe | None]:
+    """Return the audit's pictures (the test part) and those that references train on, None without labels."""
+    from edgepriv import datasets
+    from edgepriv.risk.reconstruction.leakage import Probe
+
+    folder = Path(spec)
+    if folder.is_dir() and (flat := sorted(p for p in folder.iterdir() if p.suffix.lower() in datasets.IMAGE_SUFFIXES)):
+        return Probe(folder.name, _stack([datasets.read_image(path) for path in flat], spec), None), None
+    test = datasets.load(spec, split="test")
+    if unlabelled:
+        return Probe(test.name, test.images, None), None
+    train = datasets.load(spec, split="train")
+    return Probe(test.name, test.images, test.labels), Probe(train.name, train.images, train.labels)
+
+
+def _stack(images: list[Any], spec: str) -> Any:
+    import numpy as np
+
+    if not images:
+        raise MissingFileError(f"{spec} holds no pictures")
+    if len({image.shape for image in images}) != 1:
+        raise DataError(f"{spec}: the pictures differ in size or channels", hint="bring them to one size first")
+    return np.stack(images)
+
+
+def as_text(audit: OutputAudit) -> str:
+    """Return the report for a terminal."""
+    lines = [f"{audit.model}: {audit.verdict.word} - {audit.verdict.reason}", ""]
+    lines.append(f"{'policy':<20}{'bits':>8}{'expl.var.':>11}{'SSIM':>8}{'PSNR dB':>9}{'R':>8}{'accuracy':>10}")
+    for policy in audit.policies:
+        values = policy.as_dict()
+        risk = "-" if values["risk_r"] is None else f"{values['risk_r']:.3f}"
+        right = "-" if values["accuracy"] is None else f"{values['accuracy']:.3f}"
+        lines.append(
+            f"{policy.policy:<20}{policy.bits:>8.1f}{values['explained_variance']:>11.3f}{values['ssim']:>8.3f}"
+            f"{values['psnr_db']:>9.2f}{risk:>8}{right:>10}"
+        )
+    return "\n".join([*lines, "", *(f"note: {note}" for note in audit.notes)])

@@ -1,0 +1,226 @@
+"""The audit of any classifier as a file: outputs, policies, references, verdict, in one call.
+
+Rules: the release policies come as callables (:class:`~edgepriv.risk.reconstruction.auditors.Pipeline`), so that what
+is judged is what the device does; the file is opened in a child process; every limit that was reached is in ``notes``.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from edgepriv.errors import ConfigError, DataError
+from edgepriv.risk.reconstruction.detectors import DetectorSettings, features
+from edgepriv.risk.reconstruction.leakage import AuditSettings, Bench, Probe
+from edgepriv.risk.reconstruction.networks import classifier
+from edgepriv.risk.reconstruction.onnx_reader import UnsupportedGraphError, import_graph
+from edgepriv.risk.reconstruction.references import Architecture, imported, named, stand_ins, train_references
+from edgepriv.risk.reconstruction.verdict import DEFAULT_MAX_EXPLAINED_VARIANCE, judge
+from edgepriv.risk.reconstruction.vicious import TrainingSet
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+    from torch import nn
+
+    from edgepriv.risk.reconstruction.auditors import Pipeline
+    from edgepriv.risk.reconstruction.leakage import Pictures, PolicyLeakage
+    from edgepriv.risk.reconstruction.supplied_model import SuppliedModel
+    from edgepriv.risk.reconstruction.verdict import Verdict
+
+SCHEMA = "edgepriv.audit-outputs/1"
+
+
+@dataclass(frozen=True, slots=True)
+class OutputAudit:
+    """The result of one audit; ``as_dict`` is the JSON report, ``pictures`` what a person looks at."""
+
+    model: str
+    sha256: str
+    verdict: Verdict
+    policies: tuple[PolicyLeakage, ...]
+    features: dict[str, float | None] | None
+    architecture: str
+    record: dict[str, Any]
+    notes: tuple[str, ...]
+    duration_s: float
+    probe: str = ""
+
+    @property
+    def largest_leakage(self) -> float:
+        """Largest explained variance over the audited policies."""
+        return max(policy.score.explained_variance for policy in self.policies)
+
+    @property
+    def pictures(self) -> dict[str, Pictures]:
+        """Input, reconstruction and class mean by policy, uint8 [n, h, w, c] each."""
+        return {policy.policy: policy.pictures for policy in self.policies}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as JSON values, schema ``edgepriv.audit-outputs/1``."""
+        return {
+            "schema": SCHEMA,
+            "model": self.model,
+            "sha256": self.sha256,
+            **self.verdict.as_dict(),
+            "policies": [policy.as_dict() for policy in self.policies],
+            "features": self.features,
+            "architecture": self.architecture,
+            "record": self.record,
+            "notes": list(self.notes),
+            "duration_s": round(self.duration_s, 2),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class AuditRequest:
+    """How to audit.
+
+    Attributes:
+        settings: pictures and auditors.
+        references: how many honest models to train; 0 for none.
+        reference_images: at most so many pictures train a reference.
+        architecture: name from :mod:`networks`, or None to read it from the file.
+        weights: safetensors file that belongs to the named architecture: its outputs must be the file's.
+        limit: explained variance above which leakage is called high.
+    """
+
+    settings: AuditSettings = field(default_factory=AuditSettings)
+    references: int = 5
+    reference_images: int = 12_000
+    architecture: str | None = None
+    weights: Path | None = None
+    limit: float = DEFAULT_MAX_EXPLAINED_VARIANCE
+
+
+def audit_outputs(
+    model: SuppliedModel,
+    probe: Probe,
+    pipelines: Sequence[Pipeline],
+    request: AuditRequest | None = None,
+    *,
+    reference_data: Probe | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> OutputAudit:
+    """Audit a model file under release policies.
+
+    Args:
+        model: the file.
+        probe: pictures that the model was not trained on.
+        pipelines: release policies to judge.
+        request: auditors, references, limits.
+        reference_data: labelled pictures to train references on, apart from the probe; None trains none.
+        progress: gets one line a step.
+
+    Raises:
+        DataError: the file or the pictures cannot be audited; the message says why.
+    """
+    request = request or AuditRequest()
+    say = progress or (lambda _line: None)
+    started = time.monotonic()
+    if not pipelines:
+        raise ConfigError("an audit needs at least one release policy")
+    bench = Bench(probe, request.settings)
+    say(f"{model.path.name}: {len(bench.images)} pictures of {probe.name}")
+    outputs = model.outputs(bench.images)
+    bench.check_outputs(outputs)
+    notes = list(bench.notes)
+    leakages = []
+    for pipeline in pipelines:
+        leakages.append(bench.leakage(outputs, pipeline))
+        say(f"{pipeline.name}: explained variance {leakages[-1].score.explained_variance:.3f}")
+    if looks_like_probabilities(outputs):
+        notes.append("the model ends in a softmax of its own: policies see these scores as logits")
+    found, references, architecture = _compare(model, bench, outputs, request, reference_data, notes, say)
+    verdict = judge(
+        found,
+        references,
+        max(leakage.score.explained_variance for leakage in leakages),
+        known=architecture is not None and architecture.known,
+        limit=request.limit,
+    )
+    name = architecture.name if architecture else "not compared"
+    record = bench.scale.record.as_dict() | {"pictures": len(bench.images), "limit": request.limit}
+    duration = time.monotonic() - started
+    return OutputAudit(
+        model.path.name, model.sha256, verdict, tuple(leakages), found, name, record, tuple(notes), duration, probe.name
+    )
+
+
+def looks_like_probabilities(outputs: NDArray[np.float32]) -> bool:
+    """True where every row is non-negative and sums to one."""
+    return bool(outputs.min() >= 0 and np.allclose(outputs.sum(1), 1, atol=1e-3))
+
+
+def _compare(
+    model: SuppliedModel,
+    bench: Bench,
+    outputs: NDArray[np.float32],
+    request: AuditRequest,
+    reference_data: Probe | None,
+    notes: list[str],
+    say: Callable[[str], None],
+) -> tuple[dict[str, float | None] | None, list[dict[str, float | None]], Architecture | None]:
+    """Measure the detector's features of the model and of freshly trained references."""
+    if reference_data is None or reference_data.labels is None or request.references < 1:
+        notes.append("no reference models were trained: the cause of a leak stays unknown")
+        return None, [], None
+    network, architecture = _open_architecture(model, bench, outputs, request, notes)
+    settings = DetectorSettings(trained=request.settings.trained)
+    data = TrainingSet.of(
+        reference_data.images[: request.reference_images],
+        reference_data.labels[: request.reference_images],
+        classes=outputs.shape[1],
+    )
+    references = train_references(
+        architecture,
+        data,
+        bench,
+        request.references,
+        settings=settings,
+        device=request.settings.device,
+        progress=say,
+    )
+    return features(bench, outputs, network, settings), references, architecture
+
+
+def _open_architecture(
+    model: SuppliedModel, bench: Bench, outputs: NDArray[np.float32], request: AuditRequest, notes: list[str]
+) -> tuple[nn.Module | None, Architecture]:
+    shape = (int(bench.images.shape[1]), int(bench.images.shape[2]), int(bench.images.shape[3]))
+    if request.architecture is not None:
+        network = None
+        if request.weights is not None:
+            network = _named_with_weights(request.architecture, request.weights, shape, outputs, bench)
+        return network, named(request.architecture, shape, outputs.shape[1])
+    try:
+        graph = import_graph(model, bench.images[:32])
+    except UnsupportedGraphError as error:
+        notes.append(f"black box only: {error}; references of other architectures stand in")
+        return None, stand_ins(shape, outputs.shape[1])
+    return graph, imported(graph)
+
+
+def _named_with_weights(
+    name: str, weights: Path, shape: tuple[int, int, int], outputs: NDArray[np.float32], bench: Bench
+) -> nn.Module:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from edgepriv.risk.reconstruction.detectors import outputs_of, pictures_of
+
+    network = classifier(name, shape, outputs.shape[1])
+    try:
+        network.load_state_dict(load_file(str(weights)))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise DataError(f"{weights} are no weights of {name}: {str(error)[:200]}") from error
+    ours = outputs_of(network, pictures_of(bench.images[:32]))
+    if not torch.allclose(torch.from_numpy(ours), torch.from_numpy(outputs[:32]), atol=1e-2, rtol=1e-2):
+        raise DataError(f"{weights} do not give the outputs of the model under audit")
+    return network

@@ -1,0 +1,229 @@
+"""Read an ONNX graph into torch for the white-box detectors, from plain values that the child process parsed.
+
+Rules: a stated list of operators (``SUPPORTED``); everything else is :class:`UnsupportedGraphError` and the audit stays
+black box. :func:`import_graph` checks that the torch graph gives the same outputs as onnxruntime before anybody uses
+it. No pickle, no code from the file.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from edgepriv.errors import DataError
+from edgepriv.risk.reconstruction.model_worker import UnusableModelError, input_layout
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from edgepriv.risk.reconstruction.supplied_model import SuppliedModel
+
+AGREEMENT = 1e-3
+
+
+class UnsupportedGraphError(DataError):
+    """The graph uses something this importer does not read; a black-box audit still works."""
+
+
+def _pair(attributes: dict[str, Any], key: str, default: int) -> list[int]:
+    return [int(v) for v in attributes.get(key, [default, default])]
+
+
+def _padded(x: torch.Tensor, attributes: dict[str, Any], fill: float = 0.0) -> torch.Tensor:
+    if attributes.get("auto_pad", "NOTSET") not in {"NOTSET", "VALID"}:
+        raise UnsupportedGraphError("automatic padding is not read")
+    top, left, bottom, right = (int(v) for v in attributes.get("pads", [0, 0, 0, 0]))
+    return functional.pad(x, (left, right, top, bottom), value=fill) if top + left + bottom + right else x
+
+
+def _conv(i: list[torch.Tensor], a: dict[str, Any]) -> torch.Tensor:
+    bias = i[2] if len(i) > 2 else None
+    strides, dilations = _pair(a, "strides", 1), _pair(a, "dilations", 1)
+    return functional.conv2d(_padded(i[0], a), i[1], bias, strides, 0, dilations, int(a.get("group", 1)))
+
+
+def _gemm(i: list[torch.Tensor], a: dict[str, Any]) -> torch.Tensor:
+    left = i[0].T if a.get("transA") else i[0]
+    right = i[1].T if a.get("transB") else i[1]
+    product = float(a.get("alpha", 1.0)) * (left @ right)
+    return product + float(a.get("beta", 1.0)) * i[2] if len(i) > 2 else product
+
+
+def _reshape(i: list[torch.Tensor], a: dict[str, Any]) -> torch.Tensor:
+    sizes = [
+        i[0].shape[at] if size == 0 and not a.get("allowzero") else int(size) for at, size in enumerate(i[1].tolist())
+    ]
+    return i[0].reshape(len(i[0]), *sizes[1:]) if sizes and sizes[0] in {-1, 1} else i[0].reshape(sizes)
+
+
+def _mean(i: list[torch.Tensor], a: dict[str, Any]) -> torch.Tensor:
+    axes = i[1].tolist() if len(i) > 1 else a.get("axes", list(range(1, i[0].ndim)))
+    return i[0].mean(dim=[int(v) for v in axes], keepdim=bool(a.get("keepdims", 1)))
+
+
+def _max_pool(i: list[torch.Tensor], a: dict[str, Any]) -> torch.Tensor:
+    return functional.max_pool2d(_padded(i[0], a, -math.inf), _pair(a, "kernel_shape", 1), _pair(a, "strides", 1))
+
+
+def _average_pool(i: list[torch.Tensor], a: dict[str, Any]) -> torch.Tensor:
+    return functional.avg_pool2d(_padded(i[0], a), _pair(a, "kernel_shape", 1), _pair(a, "strides", 1))
+
+
+def _clip(i: list[torch.Tensor], a: dict[str, Any]) -> torch.Tensor:
+    low = float(i[1]) if len(i) > 1 else float(a.get("min", -math.inf))
+    high = float(i[2]) if len(i) > 2 else float(a.get("max", math.inf))
+    return i[0].clamp(low, high)
+
+
+SUPPORTED: dict[str, Callable[[list[torch.Tensor], dict[str, Any]], torch.Tensor]] = {
+    "Conv": _conv,
+    "Gemm": _gemm,
+    "MatMul": lambda i, _: i[0] @ i[1],
+    "Add": lambda i, _: i[0] + i[1],
+    "Sub": lambda i, _: i[0] - i[1],
+    "Mul": lambda i, _: i[0] * i[1],
+    "Div": lambda i, _: i[0] / i[1],
+    "Relu": lambda i, _: functional.relu(i[0]),
+    "LeakyRelu": lambda i, a: functional.leaky_relu(i[0], float(a.get("alpha", 0.01))),
+    "Sigmoid": lambda i, _: torch.sigmoid(i[0]),
+    "Tanh": lambda i, _: torch.tanh(i[0]),
+    "Clip": _clip,
+    "Flatten": lambda i, a: i[0].flatten(int(a.get("axis", 1))),
+    "Reshape": _reshape,
+    "Transpose": lambda i, a: i[0].permute([int(v) for v in a["perm"]]),
+    "Concat": lambda i, a: torch.cat(i, int(a["axis"])),
+    "GlobalAveragePool": lambda i, _: i[0].mean(dim=(2, 3), keepdim=True),
+    "AveragePool": _average_pool,
+    "MaxPool": _max_pool,
+    "ReduceMean": _mean,
+    "Identity": lambda i, _: i[0],
+    "Dropout": lambda i, _: i[0],
+    "Softmax": lambda i, a: torch.softmax(i[0], int(a.get("axis", -1))),
+    "LogSoftmax": lambda i, a: torch.log_softmax(i[0], int(a.get("axis", -1))),
+}
+TRAINABLE_INPUTS = {"Conv": (1, 2), "Gemm": (1, 2), "MatMul": (1,), "BatchNormalization": (1, 2)}
+
+
+class ImportedNetwork(nn.Module):
+    """An ONNX graph as a torch module: weights of convolutions, products and norms are its parameters.
+
+    Args:
+        graph: nodes, inputs and outputs as the child process gave them.
+        weights: arrays by initializer name.
+    """
+
+    def __init__(self, graph: dict[str, Any], weights: dict[str, NDArray[Any]]) -> None:
+        super().__init__()
+        self._nodes: list[dict[str, Any]] = graph["nodes"]
+        self._output: str = graph["outputs"][0]
+        shape = graph["input_shape"]
+        if len(graph["inputs"]) != 1 or graph["input_type"] != "float" or not shape:
+            raise UnsupportedGraphError("only graphs with one float32 input are read")
+        self._input: str = graph["inputs"][0]
+        self.input_shape: list[int | str] = shape
+        unknown = {node["op"] for node in self._nodes} - set(SUPPORTED) - {"BatchNormalization", "Constant"}
+        if unknown:
+            raise UnsupportedGraphError(f"operators outside the importer's list: {', '.join(sorted(unknown))}")
+        self._slots: dict[str, str] = {}
+        trainable = self._trainable_names(weights)
+        for at, (name, array) in enumerate(weights.items()):
+            self._slots[name] = f"t{at}"
+            tensor = torch.from_numpy(np.array(array))
+            if name in trainable and tensor.is_floating_point():
+                self.register_parameter(f"t{at}", nn.Parameter(tensor))
+            else:
+                self.register_buffer(f"t{at}", tensor)
+
+    def _trainable_names(self, weights: dict[str, NDArray[Any]]) -> set[str]:
+        names: set[str] = set()
+        products = {output for node in self._nodes if node["op"] in {"MatMul", "Conv"} for output in node["outputs"]}
+        for node in self._nodes:
+            slots = TRAINABLE_INPUTS.get(node["op"], ())
+            if node["op"] == "Add" and products & set(node["inputs"]):
+                slots = (0, 1)
+            names |= {node["inputs"][slot] for slot in slots if slot < len(node["inputs"])}
+        return names & set(weights)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Run the graph on pictures [n, c, h, w] in [0, 1] and return its first output [n, k]."""
+        values: dict[str, torch.Tensor] = {name: getattr(self, slot) for name, slot in self._slots.items()}
+        values[self._input] = self._laid_out(x)
+        for node in self._nodes:
+            inputs = [values[name] for name in node["inputs"] if name]
+            if node["op"] == "Constant":
+                content = node["attributes"].get("value", {})
+                values[node["outputs"][0]] = torch.tensor(content["tensor"], dtype=getattr(torch, content["dtype"]))
+            elif node["op"] == "BatchNormalization":
+                values[node["outputs"][0]] = self._batch_norm(inputs, node["attributes"])
+            else:
+                values[node["outputs"][0]] = SUPPORTED[node["op"]](inputs, node["attributes"])
+        return values[self._output].flatten(1)
+
+    def _laid_out(self, x: torch.Tensor) -> torch.Tensor:
+        n, channels, height, width = x.shape
+        try:
+            layout = input_layout(self.input_shape, (height, width, channels))
+        except UnusableModelError as error:
+            raise UnsupportedGraphError(str(error)) from error
+        forms = {"nchw": x, "nhwc": x.permute(0, 2, 3, 1), "nhw": x[:, 0], "flat": x.permute(0, 2, 3, 1).reshape(n, -1)}
+        return forms[layout]
+
+    def _batch_norm(self, i: list[torch.Tensor], a: dict[str, Any]) -> torch.Tensor:
+        epsilon = float(a.get("epsilon", 1e-5))
+        out: torch.Tensor = functional.batch_norm(i[0], i[3], i[4], i[1], i[2], self.training, 0.1, epsilon)
+        return out
+
+    def reinitialise(self, seed: int) -> None:
+        """Give every weight a fresh start, so that this architecture can be trained anew as an honest reference."""
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for node in self._nodes:
+                if node["op"] == "BatchNormalization":
+                    for name, value in zip(node["inputs"][1:5], (1.0, 0.0, 0.0, 1.0), strict=True):
+                        getattr(self, self._slots[name]).fill_(value)
+            for parameter in self._weight_matrices():
+                fan_in = parameter[0].numel() if parameter.ndim > 2 else max(parameter.shape)
+                bound = math.sqrt(3.0 / fan_in)
+                parameter.copy_((torch.rand(parameter.shape, generator=generator) * 2 - 1) * bound)
+            for node in self._nodes:
+                if node["op"] in {"Conv", "Gemm"} and len(node["inputs"]) > 2 and node["inputs"][2] in self._slots:
+                    getattr(self, self._slots[node["inputs"][2]]).zero_()
+
+    def _weight_matrices(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.parameters() if parameter.ndim >= 2]
+
+    def last_layer(self) -> torch.Tensor:
+        """Return the last weight matrix of the graph, [k, features]."""
+        names = [n["inputs"][1] for n in self._nodes if n["op"] in {"Gemm", "MatMul"} and n["inputs"][1] in self._slots]
+        if not names:
+            raise UnsupportedGraphError("the graph has no final matrix product")
+        matrix: torch.Tensor = getattr(self, self._slots[names[-1]]).detach()
+        return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+
+
+def import_graph(model: SuppliedModel, images: NDArray[np.uint8]) -> ImportedNetwork:
+    """Read a supplier's model into torch and check it against onnxruntime on some pictures.
+
+    Raises:
+        UnsupportedGraphError: it cannot be read, or does not give the same outputs.
+    """
+    graph, weights = model.graph()
+    network = ImportedNetwork(graph, weights).eval()
+    factor = 1 / 255 if model.scale is None else model.scale
+    pictures = torch.from_numpy(images.transpose(0, 3, 1, 2).astype(np.float32) * np.float32(factor))
+    try:
+        with torch.no_grad():
+            ours = network(pictures).numpy()
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise UnsupportedGraphError(f"the imported graph does not run: {error}") from error
+    theirs = model.outputs(images)
+    if ours.shape != theirs.shape or np.abs(ours - theirs).max() > AGREEMENT * max(1.0, float(np.abs(theirs).max())):
+        raise UnsupportedGraphError("the imported graph does not give onnxruntime's outputs")
+    return network
