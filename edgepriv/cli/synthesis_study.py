@@ -36,15 +36,20 @@ if TYPE_CHECKING:
     Progress = Callable[[str, int, int], None]
 
 __all__ = [
+    "Controls",
     "Parts",
     "Release",
     "Settings",
     "Study",
     "fill_card",
     "make_release",
+    "mechanism_of",
     "pipeline_of",
     "prior_pictures",
     "prior_settings",
+    "public_only",
+    "run_controls",
+    "shadows_of",
     "study",
     "take_parts",
 ]
@@ -101,11 +106,18 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """The audit and the accuracies of the pipeline and its controls, each [targets]."""
+    """The audit of the pipeline, its accuracies [targets], and its controls."""
 
     audit: membership.AuditReport
-    real: NDArray[np.float64]
     synthetic: NDArray[np.float64]
+    controls: Controls
+
+
+@dataclass(frozen=True, slots=True)
+class Controls:
+    """Accuracies [targets] of what needs no synthesis: real data, public data alone, generator samples."""
+
+    real: NDArray[np.float64]
     public_only: NDArray[np.float64]
     prior_samples: NDArray[np.float64]
 
@@ -155,39 +167,62 @@ def make_release(
         checkpoint=checkpoint,
         progress=(lambda done, of: progress("VAE", done, of)) if progress else None,
     )
-    mechanism = _mechanism(vae, parts, settings)
+    mechanism = mechanism_of(vae, parts, settings)
     images, labels = generator.synthesize(vae, *parts.private, mechanism, np.random.default_rng(settings.noise_seed))
     return Release(images, labels, vae, mechanism)
 
 
-def study(parts: Parts, settings: Settings, release: Release, progress: Progress | None = None) -> Study:
-    """Audit the pipeline on random halves of the private records, with its controls."""
+def study(
+    parts: Parts,
+    settings: Settings,
+    release: Release,
+    progress: Progress | None = None,
+    controls: Controls | None = None,
+) -> Study:
+    """Audit the pipeline on random halves of the private records; controls that are known are not run again."""
+    found = shadows_of(parts, settings, pipeline_of(parts, settings, release), "release", progress=progress)
+    audit = membership.audit_shadows(found, np.random.default_rng(settings.seed + 3))
+    return Study(audit, found.accuracies, controls or run_controls(parts, settings, release, progress))
+
+
+def run_controls(parts: Parts, settings: Settings, release: Release, progress: Progress | None = None) -> Controls:
+    """Train the same classifier on what needs no private code."""
+    prior = pipeline_of(parts, prior_settings(settings), release)
+    pipelines = {
+        "real data": membership_shadows.no_defence,
+        "public only": public_only(parts, settings),
+        "prior samples": prior,
+    }
+    found = [
+        shadows_of(parts, settings, pipeline, name, released=False, progress=progress).accuracies
+        for name, pipeline in pipelines.items()
+    ]
+    return Controls(*found)
+
+
+def shadows_of(
+    parts: Parts,
+    settings: Settings,
+    pipeline: membership_shadows.Pipeline,
+    name: str,
+    *,
+    released: bool = True,
+    progress: Progress | None = None,
+) -> membership_shadows.ShadowScores:
+    """Run a pipeline on the same random halves of the private records whatever the pipeline is."""
     pool = (parts.private[0][: settings.audit_records], parts.private[1][: settings.audit_records])
-    rng = np.random.default_rng(settings.seed + 2)
-    masks = membership_scores.draw_masks(settings.targets, len(pool[0]), rng)
+    masks = membership_scores.draw_masks(settings.targets, len(pool[0]), np.random.default_rng(settings.seed + 2))
     membership_scores.check_shadow_count(settings.targets - 1, 0.01)
-
-    def run(name: str, pipeline: membership_shadows.Pipeline, *, released: bool) -> membership_shadows.ShadowScores:
-        return membership_shadows.run_shadows(
-            pool,
-            parts.test,
-            masks,
-            pipeline,
-            settings.recipe,
-            seed=settings.seed + 1000,
-            released=released,
-            device=settings.device,
-            progress=(lambda done, of: progress(name, done, of)) if progress else None,
-        )
-
-    audited = run("release", pipeline_of(parts, settings, release), released=True)
-    prior = prior_settings(settings)
-    return Study(
-        audit=membership.audit_shadows(audited, rng),
-        real=run("real data", membership_shadows.no_defence, released=False).accuracies,
-        synthetic=audited.accuracies,
-        public_only=run("public only", _public_only(parts), released=False).accuracies,
-        prior_samples=run("prior samples", pipeline_of(parts, prior, release), released=False).accuracies,
+    return membership_shadows.run_shadows(
+        pool,
+        parts.test,
+        masks,
+        pipeline,
+        settings.recipe,
+        seed=settings.seed + 1000,
+        released=released,
+        device=settings.device,
+        progress=(lambda done, of: progress(name, done, of)) if progress else None,
     )
 
 
@@ -200,7 +235,7 @@ def pipeline_of(parts: Parts, settings: Settings, release: Release) -> membershi
         if settings.vae_from != "public":
             vae = training.train_vae(images, labels, config, seed=seed, device=settings.device, dp=_dp(settings))
         return generator.synthesize(
-            vae, images, labels, _mechanism(vae, parts, settings), np.random.default_rng(seed + 7)
+            vae, images, labels, mechanism_of(vae, parts, settings), np.random.default_rng(seed + 7)
         )
 
     return pipeline
@@ -241,10 +276,10 @@ def fill_card(parts: Parts, settings: Settings, release: Release, found: Study |
     audit = {**found.audit.as_json(), "verdict": found.audit.verdict()}
     card = replace(
         card,
-        accuracy_real=float(found.real.mean()),
+        accuracy_real=float(found.controls.real.mean()),
         accuracy_synthetic=float(found.synthetic.mean()),
-        accuracy_public_only=float(found.public_only.mean()),
-        accuracy_prior_samples=float(found.prior_samples.mean()),
+        accuracy_public_only=float(found.controls.public_only.mean()),
+        accuracy_prior_samples=float(found.controls.prior_samples.mean()),
         audit=audit,
         warnings=[*card.warnings, *found.audit.warnings],
     )
@@ -278,7 +313,8 @@ def _config(parts: Parts, settings: Settings) -> VaeConfig:
     return config
 
 
-def _mechanism(vae: Vae, parts: Parts, settings: Settings) -> generator.Mechanism:
+def mechanism_of(vae: Vae, parts: Parts, settings: Settings) -> generator.Mechanism:
+    """The mechanism of these settings, scaled by the codes of the public images."""
     scale = generator.latent_scale(vae, *_within(parts.public, vae.config.classes))
     return generator.mechanism_for(
         scale,
@@ -305,11 +341,12 @@ def _dp(settings: Settings) -> training.DpSgd | None:
     return settings.dp
 
 
-def _public_only(parts: Parts) -> membership_shadows.Pipeline:
-    """The control: as many public images as there are members, drawn anew for each model."""
+def public_only(parts: Parts, settings: Settings) -> membership_shadows.Pipeline:
+    """The control: as many public images as the release has pictures (or all), drawn anew for each model."""
 
     def pipeline(images: Images, labels: Labels, seed: int) -> tuple[Images, Labels]:  # noqa: ARG001
-        rows = np.random.default_rng(seed).permutation(len(parts.public[0]))[: len(images)]
+        count = len(images) * (settings.copies + settings.extra)
+        rows = np.random.default_rng(seed).permutation(len(parts.public[0]))[:count]
         return parts.public[0][rows], parts.public[1][rows]
 
     return pipeline

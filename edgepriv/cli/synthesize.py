@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @click.option(
     "--copies", type=int, default=1, show_default=True, help="Synthetic pictures per record; each costs kappa."
 )
-@click.option("--extra", type=int, default=1, show_default=True, help="Pictures per record that carry no code of it.")
+@click.option("--extra", type=int, help="Pictures per record without its code; default 3 for small pictures, else 1.")
 @click.option("--label-epsilon", type=float, help="Release labels by randomised response with this epsilon.")
 @click.option("--vae", "vae_from", type=click.Choice(["public", "private", "dp"]), default="public", show_default=True)
 @click.option("--vae-epsilon", type=float, help="With --vae dp: epsilon of the VAE's training.")
@@ -90,20 +90,11 @@ def _settings(options: dict[str, Any], shape: tuple[int, ...]) -> Settings:
 
     small = shape[0] * shape[1] * shape[2] <= 100
     seed = options["seed"]
-    same = (
-        "noise_ratio",
-        "epsilon",
-        "mode",
-        "copies",
-        "extra",
-        "label_epsilon",
-        "vae_from",
-        "conditional",
-        "latent_dim",
-    )
+    same = ("noise_ratio", "epsilon", "mode", "copies", "label_epsilon", "vae_from", "conditional", "latent_dim")
     return Settings(
         **{name: options[name] for name in (*same, "vae_epochs", "beta", "targets", "audit_records", "device")},
         dp=DpSgd(options["vae_epsilon"], options["vae_delta"]) if options["vae_epsilon"] is not None else None,
+        extra=(3 if small else 1) if options["extra"] is None else options["extra"],
         recipe=Recipe(epochs=options["epochs"] or (60 if small else 30)),
         seed=seed or 0,
         noise_seed=secrets.randbits(60) if seed is None else seed + 1,

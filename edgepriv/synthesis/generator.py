@@ -141,7 +141,7 @@ def _released_labels(
 def _means(vae: Vae, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> NDArray[np.float64]:
     device = str(next(vae.parameters()).device)
     parts = [
-        vae.encode(to_tensor(images[i : i + CHUNK], device), torch.from_numpy(labels[i : i + CHUNK]).to(device))[0]
+        vae.encode(to_tensor(images[i : i + CHUNK], device), torch.tensor(labels[i : i + CHUNK], device=device))[0]
         for i in range(0, len(images), CHUNK)
     ]
     return torch.cat(parts).double().cpu().numpy()
@@ -153,7 +153,7 @@ def _decode(vae: Vae, codes: NDArray[np.float64], labels: NDArray[np.int64]) -> 
     parts = []
     for i in range(0, len(codes), CHUNK):
         z = torch.from_numpy(codes[i : i + CHUNK]).float().to(device)
-        picture = torch.sigmoid(vae.decode(z, torch.from_numpy(labels[i : i + CHUNK]).to(device)))
+        picture = torch.sigmoid(vae.decode(z, torch.tensor(labels[i : i + CHUNK], device=device)))
         parts.append((picture * 255.0).round().byte().permute(0, 2, 3, 1).cpu().numpy())
     return np.ascontiguousarray(np.concatenate(parts))
 

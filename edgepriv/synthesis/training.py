@@ -12,6 +12,7 @@ import json
 import os
 import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,7 +45,7 @@ class DpSgd:
 
 def to_tensor(images: NDArray[np.uint8], device: str = "cpu") -> torch.Tensor:
     """Images uint8 [n, h, w, c] as float32 [n, c, h, w] in 0..1."""
-    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).to(device).float() / 255.0
+    return torch.tensor(images.transpose(0, 3, 1, 2), device=device).float() / 255.0
 
 
 def train_vae(
@@ -71,7 +72,7 @@ def train_vae(
     trainer = _DpTrainer(vae, dp, len(images), seed) if dp else _PlainTrainer(vae, seed)
     origin = _digest(images, labels) if checkpoint else ""
     start = _resume(checkpoint, trainer, origin) if checkpoint and checkpoint.exists() else 0
-    x, y = to_tensor(images, device), torch.from_numpy(np.ascontiguousarray(labels)).to(device)
+    x, y = to_tensor(images, device), torch.tensor(labels, device=device)
     vae.train()
     for epoch in range(start, config.epochs):
         trainer.epoch(x, y, epoch)
@@ -160,6 +161,7 @@ class _DpTrainer(_PlainTrainer):
         self.optimizer.zero_grad()
 
 
+@lru_cache(maxsize=64)
 def noise_multiplier_for(dp: DpSgd, rate: float, steps: int) -> float:
     """Gaussian noise over clip norm that spends (epsilon, delta) in ``steps`` Poisson batches of share ``rate``.
 

@@ -54,7 +54,7 @@ def default_config(shape: tuple[int, int, int], classes: int, **changes: Any) ->
         raise DataError(f"pictures of {height}x{width} with {channels} channels cannot be synthesised")
     pixels = height * width * channels
     if pixels <= 100:
-        fields: dict[str, Any] = {"kind": "mlp", "latent_dim": 8, "hidden": 256, "epochs": 80, "learning_rate": 3e-3}
+        fields: dict[str, Any] = {"kind": "mlp", "latent_dim": 12, "hidden": 256, "epochs": 80, "learning_rate": 3e-3}
     elif pixels <= 400:
         fields = {"kind": "mlp", "latent_dim": 16, "hidden": 192}
     elif channels == 1:

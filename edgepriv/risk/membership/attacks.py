@@ -58,20 +58,20 @@ def lira(target: Scores, scores: Scores, masks: Masks) -> Scores:
 
 def rmia_all(target: Scores, scores: Scores, masks: Masks) -> Scores:
     """Log of the target's probability over the mean probability of all references; scores are log-probabilities."""
-    return _ratio(target, scores, np.ones_like(masks))
+    check_arrays(target, scores, masks)
+    return _in_blocks(target, scores, masks, _log_ratio_all)
 
 
 def rmia_out(target: Scores, scores: Scores, masks: Masks) -> Scores:
     """As ``rmia_all``, with the references that did not hold the record; NaN where there are none."""
-    return _ratio(target, scores, ~masks)
+    check_arrays(target, scores, masks)
+    return _in_blocks(target, scores, masks, _log_ratio_out)
 
 
 def calibrated_difference(target: Scores, scores: Scores, masks: Masks) -> Scores:
     """Target minus the mean over shadows that did not hold the record: calibrates bounded scores such as agreement."""
     check_arrays(target, scores, masks)
-    outside = (~masks).sum(axis=0)
-    mean = np.where(masks, 0.0, scores).sum(axis=0) / np.maximum(outside, 1)
-    return np.where(outside > 0, target - mean, np.nan)
+    return _in_blocks(target, scores, masks, _difference)
 
 
 def quantile(target: Scores, features: Scores, reference: Scores, reference_features: Scores) -> Scores:
@@ -132,17 +132,33 @@ def _masked_median(scores: Scores, held: Masks) -> Scores:
     return np.asarray(np.where(count > 0, np.where(count > 0, pick, 0.0).mean(axis=0), np.nan))
 
 
-def _ratio(target: Scores, scores: Scores, used: Masks) -> Scores:
-    check_arrays(target, scores, used)
+def _in_blocks(target: Scores, scores: Scores, masks: Masks, attack: Callable[..., Scores]) -> Scores:
     result = np.empty(len(target))
     for part in _blocks(len(target)):
-        values = np.where(used[:, part], scores[:, part], -np.inf)
-        count = used[:, part].sum(axis=0)
-        top = np.where(count > 0, values.max(axis=0), 0.0)
-        total = np.log(np.maximum(np.exp(values - top).sum(axis=0), 1e-300))
-        mean = top + total - np.log(np.maximum(count, 1))
-        result[part] = np.where(count > 0, target[part] - mean, np.nan)
+        result[part] = attack(target[part], scores[:, part], masks[:, part])
     return result
+
+
+def _log_ratio_all(target: Scores, scores: Scores, masks: Masks) -> Scores:
+    return _log_ratio(target, scores, np.ones_like(masks))
+
+
+def _log_ratio_out(target: Scores, scores: Scores, masks: Masks) -> Scores:
+    return _log_ratio(target, scores, ~masks)
+
+
+def _log_ratio(target: Scores, scores: Scores, used: Masks) -> Scores:
+    values, count = np.where(used, scores, -np.inf), used.sum(axis=0)
+    top = np.where(count > 0, values.max(axis=0), 0.0)
+    total = np.log(np.maximum(np.exp(values - top).sum(axis=0), 1e-300))
+    mean = top + total - np.log(np.maximum(count, 1))
+    return np.where(count > 0, target - mean, np.nan)
+
+
+def _difference(target: Scores, scores: Scores, masks: Masks) -> Scores:
+    outside = (~masks).sum(axis=0)
+    mean = np.where(masks, 0.0, scores).sum(axis=0) / np.maximum(outside, 1)
+    return np.where(outside > 0, target - mean, np.nan)
 
 
 def _design(features: Scores, centre: Scores, spread: Scores) -> Scores:

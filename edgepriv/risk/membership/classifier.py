@@ -11,7 +11,6 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -19,6 +18,7 @@ from edgepriv.errors import DataError, MissingDependencyError
 from edgepriv.risk import models
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
 __all__ = ["Recipe", "accuracy", "logits", "train_classifier"]
@@ -57,7 +57,7 @@ def train_classifier(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _build(recipe.arch, images.shape[1:], classes).to(device)
-    x, y = _tensor(images, device), torch.from_numpy(np.ascontiguousarray(labels)).to(device)
+    x, y = _tensor(images, device), torch.tensor(labels, device=device)
     model.train()
     _fit_private(model, x, y, recipe, seed) if recipe.noise_multiplier else _fit(model, x, y, recipe, seed)
     return model.eval()
@@ -147,4 +147,4 @@ def _build(arch: str, shape: tuple[int, ...], classes: int) -> nn.Module:
 
 
 def _tensor(images: NDArray[np.uint8], device: str) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).to(device).float() / 255.0
+    return torch.tensor(images.transpose(0, 3, 1, 2), device=device).float() / 255.0

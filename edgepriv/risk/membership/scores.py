@@ -54,7 +54,7 @@ def check_arrays(target: NDArray[np.floating], scores: NDArray[np.floating], mas
         )
     if masks.dtype != np.bool_:
         raise DataError(f"membership masks must be booleans, not {masks.dtype}")
-    if not (np.isfinite(scores).all() and np.isfinite(target).all()):
+    if not (np.isfinite(target).all() and all(np.isfinite(row).all() for row in scores)):
         raise DataError("scores must be finite numbers")
 
 
