@@ -1,1 +1,1 @@
-"""Part of edgepriv; see the README in this folder or in edgepriv/README.md."""
+"""The gateway daemon: verifies, stores, aggregates and acknowledges what devices send; opens no frame and no model."""

@@ -1,0 +1,5 @@
+"""``python -m gateway`` is ``edgepriv-gateway``."""
+
+from gateway.cli import main
+
+main()

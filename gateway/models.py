@@ -1,0 +1,167 @@
+"""Models for devices: which bytes are offered to whom, and which are withheld until the risk service has judged them.
+
+Rules: a model is an object in the store, offered by its SHA-256. With ``require_verdict`` a model without a verdict
+that is signed by a risk key of the trust list, names exactly these bytes and has not expired is withheld from devices
+(never from the risk service, which must see it to judge it). A halted model is withheld from everybody else. The
+device checks the verdict again: the gateway is not trusted with this, it only does not waste the device's time.
+
+A verdict's bytes: CBOR ``[body, signature]``, the body a byte string (CBOR map) with ``model`` (SHA-256 of the bytes),
+``verdict``, ``policy``, ``serial``, ``issued``, ``expires`` (Unix seconds); Ed25519 for the use ``verdict``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from edgepriv.errors import AuthenticationError, DataError, MissingFileError, WireError
+from edgepriv.wire import cbor
+from gateway.store import unpack
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from gateway.config import ModelsSection
+    from gateway.roster import Roster
+    from gateway.store import Store
+
+KIND = "model"
+VERDICT_USE = "verdict"
+GOOD_VERDICT = "low leakage"
+MAX_VERDICT_BYTES = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the risk service says of exactly these bytes."""
+
+    model: bytes
+    verdict: str
+    policy: str
+    serial: int
+    issued: int
+    expires: int
+
+
+def read_verdict(raw: bytes, roster: Roster, sender: str, now: float) -> Verdict:
+    """Check a verdict's signature and fields.
+
+    Raises:
+        WireError: malformed.
+        AuthenticationError: not signed by ``sender``.
+        TrustError: ``sender`` is no risk service that is trusted now.
+    """
+    match cbor.decode(raw, max_bytes=MAX_VERDICT_BYTES):
+        case [bytes() as body, bytes() as signature]:
+            pass
+        case _:
+            raise WireError("not a verdict")
+    party = roster.party(sender, now)
+    if party.role != "risk":
+        raise AuthenticationError("only a risk service signs verdicts")
+    party.verify(VERDICT_USE, body, signature)
+    fields = cbor.decode_map(body, max_bytes=MAX_VERDICT_BYTES)
+    wanted = {"model": bytes, "verdict": str, "policy": str, "serial": int, "issued": int, "expires": int}
+    if any(type(fields.get(name)) is not kind for name, kind in wanted.items()) or len(fields["model"]) != 32:
+        raise WireError("a verdict lacks a field")
+    return Verdict(**{name: fields[name] for name in wanted})
+
+
+class Models:
+    """The models of this gateway; rows of ``objects`` with kind ``model``."""
+
+    def __init__(self, store: Store, roster: Roster, settings: ModelsSection) -> None:
+        self._store, self._roster, self._settings = store, roster, settings
+
+    def add(self, path: Path, *, name: str, version: str, actor: str, now: float) -> bytes:
+        """Take a model file into the store; returns its SHA-256."""
+        if not path.is_file():
+            raise MissingFileError(f"no such model: {path}")
+        if not path.stat().st_size:
+            raise DataError(f"{path} is empty")
+        meta = {"version": version, "state": "offered", "verdict": b"", "risk": "", "share": 100}
+        digest = self._store.add_object(path, kind=KIND, name=name, meta=meta, now=now)
+        self._store.audit(actor, "model-add", {"model": name, "version": version, "digest": digest}, now)
+        return digest
+
+    def listed(self, now: float) -> list[dict[str, Any]]:
+        """All models with their state and verdict."""
+        rows = self._store.database.query(
+            "SELECT digest, name, size, added, meta FROM objects WHERE kind = ? ORDER BY added", (KIND,)
+        )
+        return [self._describe(bytes(d), name, size, added, unpack(meta), now) for d, name, size, added, meta in rows]
+
+    def _describe(
+        self, digest: bytes, name: str, size: int, added: float, meta: dict[str, Any], now: float
+    ) -> dict[str, Any]:
+        verdict, objection = self._verdict(digest, meta, now)
+        return {
+            "id": name, "version": meta.get("version", ""), "digest": digest, "size": size, "added": added,
+            "state": meta.get("state", "offered"), "share": meta.get("share", 100),
+            "verdict": verdict.verdict if verdict else "not audited",
+            "verdict_bytes": meta.get("verdict", b""), "risk": meta.get("risk", ""),
+            "policy": verdict.policy if verdict else "", "expires": verdict.expires if verdict else 0,
+            "withheld": objection or ("halted" if meta.get("state") == "halted" else ""),
+        }  # fmt: skip
+
+    def _verdict(self, digest: bytes, meta: dict[str, Any], now: float) -> tuple[Verdict | None, str]:
+        raw = meta.get("verdict", b"")
+        if not raw:
+            return None, "no verdict of the risk service" if self._settings.require_verdict else ""
+        try:
+            verdict = read_verdict(raw, self._roster, meta.get("risk", ""), now)
+        except Exception as error:
+            return None, f"the verdict is not valid: {error}"
+        if verdict.model != digest or verdict.expires <= now:
+            return verdict, "the verdict has expired" if verdict.model == digest else "the verdict is of other bytes"
+        if self._settings.require_verdict and verdict.verdict != GOOD_VERDICT:
+            return verdict, f"the verdict is {verdict.verdict!r}"
+        return verdict, ""
+
+    def offers(self, party: str, role: str, now: float) -> list[dict[str, Any]]:  # noqa: ARG002 - rollout asks the party
+        """See ModelsPort: all of them for the risk service, those not withheld for a device."""
+        return [model for model in self.listed(now) if role == "risk" or not model["withheld"]]
+
+    def withheld(self, ref: bytes, party: str, role: str, now: float) -> str:  # noqa: ARG002
+        """See ModelsPort."""
+        found = [m for m in self.listed(now) if m["digest"][:16] == ref]
+        return "" if role == "risk" or not found else str(found[0]["withheld"])
+
+    def take_verdict(self, raw: bytes, sender: str, now: float) -> dict[str, Any]:
+        """See ModelsPort; an older serial than the one that is kept is refused."""
+        verdict = read_verdict(raw, self._roster, sender, now)
+        meta = self._meta(verdict.model)
+        if meta.get("verdict"):
+            kept = cbor.decode_map(
+                cbor.decode(meta["verdict"], max_bytes=MAX_VERDICT_BYTES)[0], max_bytes=MAX_VERDICT_BYTES
+            )
+            if kept["serial"] > verdict.serial:
+                raise WireError("an older verdict than the one that is kept")
+        self._set_meta(verdict.model, {**meta, "verdict": raw, "risk": sender})
+        self._store.audit(sender, "verdict", {"digest": verdict.model, "verdict": verdict.verdict}, now)
+        return {"accepted": True, "model": verdict.model}
+
+    def set_state(self, digest: bytes, state: str, *, actor: str, now: float) -> None:
+        """Halt a model or offer it again."""
+        self._set_meta(digest, {**self._meta(digest), "state": state})
+        self._store.audit(actor, f"model-{state}", {"digest": digest}, now)
+
+    def find(self, name: str) -> bytes:
+        """The digest of a model by ``id``, ``id@version`` or the beginning of its digest (MissingFileError if none)."""
+        matches = [
+            m["digest"]
+            for m in self.listed(0.0)
+            if name in {m["id"], f"{m['id']}@{m['version']}"} or (len(name) >= 8 and m["digest"].hex().startswith(name))
+        ]
+        if not matches:
+            raise MissingFileError(f"no model {name!r}", hint="edgepriv-gateway models list")
+        return bytes(matches[-1])
+
+    def _meta(self, digest: bytes) -> dict[str, Any]:
+        rows = self._store.database.query("SELECT meta FROM objects WHERE ref = ? AND kind = ?", (digest[:16], KIND))
+        if not rows:
+            raise WireError("a verdict of a model that is not here")
+        return dict(unpack(rows[0][0]))
+
+    def _set_meta(self, digest: bytes, meta: dict[str, Any]) -> None:
+        self._store.database.execute("UPDATE objects SET meta = ? WHERE ref = ?", (cbor.encode(meta), digest[:16]))

@@ -1,0 +1,292 @@
+"""Drives federated rounds: hands messages, offers and uploads to `gateway.conductor` and carries out what it answers.
+
+What the conductor wants stored is written into the same transaction as the batch that caused it, and its answers leave
+after the commit. A complete upload is a row of ``uploads`` until the conductor drops it, so that a restart finds it.
+Settings of rounds come from ``[rounds]`` of gateway.toml; ``edgepriv-gateway rounds start`` opens one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import TYPE_CHECKING, Any
+
+from edgepriv.errors import ConfigError, DataError, RefusedError
+from edgepriv.primitives import random_bytes
+from edgepriv.wire import cbor
+from edgepriv.wire.update import decode_update
+from gateway.conductor import Conductor, DropUpload, OpenUpload, Tell
+from gateway.round_plan import RoundPlan
+from gateway.store import unpack
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
+
+    from edgepriv.wire.messages import Offer, RoundMessage
+    from gateway.conductor import Outgoing
+    from gateway.roster import Roster
+    from gateway.round_events import RoundRecord
+    from gateway.store import Store
+    from gateway.transfers import Transfer, Transfers
+
+HEAD = "rounds_head"
+DRIVER_KEYS = {"auto", "pause_s", "min_devices", "active_s", "model", "weights"}
+FIXED_BY_DRIVER = {"round", "base", "base_bytes", "tensors", "seed", "population"}
+MAX_WEIGHTS_BYTES = 1 << 30
+
+
+class RoundTable:
+    """What rounds need stored, in the gateway's own store."""
+
+    def __init__(self, store: Store, clock: Callable[[], float]) -> None:
+        self._store, self._clock = store, clock
+
+    def save(self, round_number: int, raw: bytes) -> None:
+        """Replace a running round's bytes, within the running transaction or in one of its own."""
+        now = self._clock()
+        with self._store.batch():
+            self._store.database.execute(
+                "INSERT INTO rounds (number, state, record, snapshot, started, updated) VALUES (?, ?, ?, ?, ?, ?)"
+                " ON CONFLICT (number) DO UPDATE SET state = excluded.state, snapshot = excluded.snapshot,"
+                " updated = excluded.updated",
+                (round_number, str(cbor.decode(raw, max_bytes=256 << 20)["state"]), cbor.encode({}), raw, now, now),
+            )
+
+    def load(self) -> list[bytes]:
+        """Bytes of the rounds that are not closed."""
+        rows = self._store.database.query("SELECT snapshot FROM rounds WHERE snapshot IS NOT NULL ORDER BY number")
+        return [bytes(raw) for (raw,) in rows]
+
+    def close(self, record: RoundRecord) -> None:
+        """Keep the record for ever and forget the bytes."""
+        body = {f.name: _plain(getattr(record, f.name)) for f in dataclasses.fields(record)}
+        with self._store.batch():
+            self._store.database.execute(
+                "UPDATE rounds SET state = ?, record = ?, snapshot = NULL, updated = ? WHERE number = ?",
+                (record.outcome, cbor.encode(body), record.ended, record.round),
+            )
+
+    def records(self) -> list[dict[str, Any]]:
+        """Records of ended rounds, oldest first."""
+        rows = self._store.database.query("SELECT record FROM rounds WHERE snapshot IS NULL ORDER BY number")
+        return [unpack(raw) for (raw,) in rows]
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+
+class RoundDriver:
+    """Joins the conductor with transfers and the downlink; all calls come from the work loop."""
+
+    def __init__(
+        self,
+        store: Store,
+        roster: Roster,
+        transfers: Transfers,
+        settings: dict[str, Any],
+        put: Callable[[str, Any], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._store, self._roster, self._transfers, self._put, self._clock = store, roster, transfers, put, clock
+        self.settings = check_settings(settings)
+        self.table = RoundTable(store, clock)
+        self._offers: dict[tuple[str, bytes], Offer] = {}
+        self._progressed: dict[tuple[str, bytes], float] = {}
+        self._next_auto = 0.0
+        self.conductor = self._restore()
+
+    def _restore(self) -> Conductor:
+        folder = self._store.folder / "rounds"
+        folder.mkdir(parents=True, exist_ok=True)
+        conductor = Conductor(folder, self.table, self._roster.trust)
+        rows = self._store.database.query("SELECT digest, path FROM uploads")
+        staged = {bytes(digest): self._store.blobs / path for digest, path in rows}
+        with self._store.batch():
+            self._carry_out(conductor.resume(self._clock(), staged))
+        return conductor
+
+    def recover(self) -> None:
+        """Start again from the store after a transaction failed."""
+        self._offers.clear()
+        self.conductor = self._restore()
+
+    def trust_changed(self) -> None:
+        """Another trust list is in force."""
+        self.conductor.trust = self._roster.trust
+
+    # --- what ingest hands in -----------------------------------------------------------------------------
+
+    def offered(self, party: str, offer: Offer, now: float) -> None:
+        """See RoundsPort."""
+        self._transfers.check(offer)
+        self._offers[party, offer.digest] = offer
+        self._carry_out(self.conductor.on_offer(party, offer, now))
+
+    def progressed(self, party: str, digest: bytes, now: float) -> None:
+        """See RoundsPort; passed on once a second."""
+        if now - self._progressed.get((party, digest), 0.0) >= 1.0:
+            self._progressed[party, digest] = now
+            self.conductor.on_progress(party, digest, now)
+
+    def uploaded(self, transfer: Transfer, path: Path, now: float) -> None:
+        """See RoundsPort."""
+        self._store.database.execute(
+            "INSERT INTO uploads (round, party, digest, path, size, meta, state, received)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+            " ON CONFLICT (round, party) DO UPDATE SET digest = excluded.digest, path = excluded.path",
+            (
+                transfer.round, transfer.party, transfer.digest, transfer.path, transfer.incoming.size,
+                cbor.encode(transfer.meta), "staged", now,
+            ),
+        )  # fmt: skip
+        self._transfers.detach(transfer)
+        self._carry_out(self.conductor.on_complete(transfer.party, transfer.digest, path, now))
+
+    def stepped(self, party: str, message: RoundMessage, now: float) -> None:
+        """See RoundsPort."""
+        self._carry_out(self.conductor.on_message(party, message, now))
+
+    def tick(self, now: float) -> None:
+        """Let time pass; opens the next round where ``auto`` is set. Runs in a transaction of its own."""
+        if not self.conductor.rounds and not self.settings.get("auto"):
+            return
+        with self._store.batch():
+            self._carry_out(self.conductor.tick(now))
+            if self.settings.get("auto") and now >= self._next_auto and not self.running:
+                self._next_auto = now + float(self.settings.get("pause_s", 10.0))
+                self._open_automatically(now)
+
+    def _open_automatically(self, now: float) -> None:
+        devices = self.active_devices(now)
+        if len(devices) >= int(self.settings.get("min_devices", 1)) and self.head():
+            self.start({}, now)
+
+    @property
+    def running(self) -> list[int]:
+        """Numbers of rounds that have not ended."""
+        return [number for number, current in self.conductor.rounds.items() if current.record is None]
+
+    # --- what the operator asks ---------------------------------------------------------------------------
+
+    def head(self) -> dict[str, Any]:
+        """The global weights that the next round begins with: ``digest``, ``size``, ``model``."""
+        return dict(self._store.meta(HEAD) or {})
+
+    def set_weights(self, path: Path, model: str) -> dict[str, Any]:
+        """Make a file of weights the base of the next round (DataError where it is none)."""
+        try:
+            raw = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}") from None
+        decode_update(raw, max_bytes=MAX_WEIGHTS_BYTES)
+        head = {"digest": self.conductor.add_model(raw), "size": len(raw), "model": model}
+        self._store.set_meta(HEAD, head)
+        return head
+
+    def active_devices(self, now: float) -> list[str]:
+        """Devices that were heard lately and are still trusted."""
+        since = now - float(self.settings.get("active_s", 120.0))
+        rows = self._store.database.query("SELECT party FROM devices WHERE last_seen >= ? ORDER BY party", (since,))
+        listed = {p.name for p in self._roster.trust.with_role("device")}
+        return [name for (name,) in rows if name in listed]
+
+    def start(self, changes: dict[str, Any], now: float) -> int:
+        """Open a round over the active devices; returns its number.
+
+        Raises:
+            RefusedError: there are no weights or no devices, or a round is running.
+            ConfigError: a setting does not fit.
+        """
+        self._adopt_result()
+        head = self.head()
+        if not head:
+            raise RefusedError(
+                "there are no global weights yet", hint="edgepriv-gateway rounds weights FILE --model ID"
+            )
+        if self.running:
+            raise RefusedError(f"round {self.running[0]} is running", hint="wait for it, or stop it: rounds stop")
+        settings = {**self.settings, **check_settings(changes)}
+        devices = list(changes.get("devices", ())) or self.active_devices(now)
+        if not devices:
+            raise RefusedError("no device has been heard lately", hint="edgepriv-gateway status")
+        plan = self._plan(settings, head, len(devices))
+        with self._store.batch():
+            self._carry_out(self.conductor.open_round(plan, devices, now))
+        return plan.round
+
+    def _plan(self, settings: dict[str, Any], head: dict[str, Any], population: int) -> RoundPlan:
+        tensors = decode_update(
+            self.conductor.model_path(head["digest"]).read_bytes(), max_bytes=MAX_WEIGHTS_BYTES
+        ).tensors
+        rows = tuple([name, list(array.shape)] for name, array in tensors.items())
+        chosen = {k: v for k, v in settings.items() if k not in DRIVER_KEYS}
+        last = self._store.database.query("SELECT coalesce(max(number), 0) FROM rounds")[0][0]
+        return RoundPlan(
+            round=int(last) + 1,
+            model=head["model"],
+            base=head["digest"],
+            base_bytes=head["size"],
+            tensors=rows,
+            seed=random_bytes(32),
+            population=population,
+            **chosen,
+        )
+
+    def stop(self, number: int, reason: str, now: float) -> None:
+        """Abort a round."""
+        with self._store.batch():
+            self._carry_out(self.conductor.cancel(number, reason, now))
+
+    def _adopt_result(self) -> None:
+        """The weights of the last round that succeeded are the base of the next."""
+        done = [r for r in self.table.records() if r.get("outcome") == "done"]
+        head = self.head()
+        if done and head and done[-1]["round"] > head.get("round", 0):
+            newest = done[-1]
+            head = {**head, "digest": newest["after"], "size": newest["after_bytes"], "round": newest["round"]}
+            self._store.set_meta(HEAD, head)
+
+    def weights(self, ref: bytes) -> tuple[Path, int] | None:
+        """Global weights by the beginning of their digest."""
+        for path in self.conductor.models.glob(f"{ref.hex()}*"):
+            if len(path.name) == 64:
+                return path, path.stat().st_size
+        return None
+
+    # --- what the conductor answers -----------------------------------------------------------------------
+
+    def _carry_out(self, outgoing: Iterable[Outgoing]) -> None:
+        for action in outgoing:
+            match action:
+                case Tell(device, message):
+                    self._put(device, message)
+                case OpenUpload(device, digest, _):
+                    if offer := self._offers.get((device, digest)):
+                        self._transfers.offer(device, offer, self._clock())
+                case DropUpload(device, digest):
+                    self._drop(device, digest)
+
+    def _drop(self, device: str, digest: bytes) -> None:
+        self._offers.pop((device, digest), None)
+        self._progressed.pop((device, digest), None)
+        self._transfers.drop_digest(device, digest)
+        rows = self._store.database.query(
+            "SELECT path, size FROM uploads WHERE party = ? AND digest = ?", (device, digest)
+        )
+        self._store.database.execute("DELETE FROM uploads WHERE party = ? AND digest = ?", (device, digest))
+        for path, size in rows:
+            (self._store.blobs / path).unlink(missing_ok=True)
+            self._store.release(size)
+
+
+def check_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Check the names in ``[rounds]``; values are checked by the plan."""
+    known = {f.name for f in dataclasses.fields(RoundPlan)} - FIXED_BY_DRIVER | DRIVER_KEYS
+    for key in settings:
+        if key not in known and key != "devices":
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+            raise ConfigError(f"[rounds]: unknown key {key!r}", hint=hint)
+    return {k: v for k, v in settings.items() if k != "devices"}
