@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgepriv.errors import DataError
+from edgepriv.federated.local_update import LocalUpdate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -26,21 +27,23 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgepriv.federated.local_recipe import LocalRecipe
+    from edgepriv.federated.local_update import RoundSettings
 
 STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")
 
 
 @dataclass(frozen=True, slots=True)
-class LocalUpdate:
+class TrainedRound:
     """The result of one device's round.
 
     Attributes:
-        tensors: after minus before, float32, by ``state_dict`` name; counters as int64. What is sent.
+        tensors: after minus before, float32, by ``state_dict`` name; counters as int32. What is sent.
         n_examples: images trained on.
         steps: SGD steps K.
         mean_loss: over all steps. Stays on the device.
         order: the rows in the order of training, epoch after epoch. Stays on the device.
         momentum: the momentum buffers afterwards. Stays on the device.
+        statistics: changes of BatchNorm's buffers, whether they are sent or not.
     """
 
     tensors: dict[str, NDArray[Any]]
@@ -49,6 +52,7 @@ class LocalUpdate:
     mean_loss: float
     order: NDArray[np.int64] = field(repr=False)
     momentum: dict[str, NDArray[Any]] = field(repr=False)
+    statistics: dict[str, NDArray[Any]] = field(repr=False)
 
 
 def is_statistic(name: str) -> bool:
@@ -66,7 +70,7 @@ def train_locally(
     device: str = "cpu",
     momentum: Mapping[str, NDArray[Any]] | None = None,
     shuffle: bool = True,
-) -> LocalUpdate:
+) -> TrainedRound:
     """Train a copy of ``model`` and return what changed.
 
     Args:
@@ -97,8 +101,12 @@ def train_locally(
         optimiser.step(loss)
         losses.append(loss.item())
         order.append(rows)
-    return LocalUpdate(
-        tensors=_difference(start, local.state_dict(), recipe),
+    changes = _difference(start, local.state_dict(), recipe)
+    moved = {name: value for name, value in changes.items() if is_statistic(name)}
+    sent = changes if recipe.shares_statistics else {n: v for n, v in changes.items() if n not in moved}
+    return TrainedRound(
+        tensors=sent,
+        statistics=moved,
         n_examples=len(images),
         steps=len(losses),
         mean_loss=float(np.mean(losses)),
@@ -154,9 +162,57 @@ def _difference(start: Mapping[str, Tensor], end: Mapping[str, Tensor], recipe: 
     tensors = {}
     for name, before in start.items():
         if is_statistic(name):
-            if not recipe.shares_statistics or recipe.batch_normalisation != "batch":
+            if recipe.batch_normalisation != "batch":
                 continue
         elif not recipe.trains(name):
             continue
-        tensors[name] = (end[name] - before).cpu().numpy()
+        change = (end[name] - before).cpu().numpy()
+        tensors[name] = change if np.issubdtype(change.dtype, np.floating) else change.astype(np.int32)
     return tensors
+
+
+class TorchTrainer:
+    """A trainer of the whole model for `edgepriv.federated.participant`, over fixed images and labels.
+
+    Global weights may name any part of the model. BatchNorm statistics that the round keeps at home persist on
+    this device from round to round (FedBN); counters never leave through a sum.
+
+    Args:
+        model: the architecture; its weights are replaced by each round's.
+        images: float32 [n, channels, height, width] in 0..1.
+        labels: int64 [n].
+        device: a torch device.
+    """
+
+    def __init__(
+        self, model: nn.Module, images: NDArray[np.float32], labels: NDArray[np.int64], *, device: str = "cpu"
+    ) -> None:
+        self.model, self.images, self.labels, self.device = model, images, labels, device
+        self.momentum: dict[str, NDArray[Any]] = {}
+
+    def __call__(self, weights: Mapping[str, NDArray[Any]], settings: RoundSettings) -> LocalUpdate:
+        """Train on what is here from the round's weights; no examples, no update."""
+        if len(self.labels) == 0:
+            return LocalUpdate({}, 0)
+        state = self.model.state_dict()
+        if unknown := sorted(set(weights) - set(state)):
+            raise DataError(f"the round trains {unknown[0]!r}, which this model has not")
+        self.model.load_state_dict({**state, **{name: torch.tensor(np.array(w)) for name, w in weights.items()}})
+        trained = train_locally(
+            self.model,
+            self.images,
+            self.labels,
+            settings.recipe,
+            seed=settings.seed,
+            device=self.device,
+            momentum=self.momentum,
+        )
+        self.momentum = trained.momentum
+        sent = {name: value for name, value in trained.tensors.items() if name in weights}
+        self._keep_statistics(trained)
+        return LocalUpdate({n: v for n, v in sent.items() if v.dtype == np.float32}, trained.n_examples)
+
+    def _keep_statistics(self, trained: TrainedRound) -> None:
+        state = self.model.state_dict()
+        for name, value in trained.statistics.items():
+            state[name] += torch.tensor(value, dtype=state[name].dtype)

@@ -95,3 +95,23 @@ def test_no_images_diverging_training_and_unknown_layers_are_clear_errors(model)
     x, y = _images()
     with pytest.raises(DataError, match="diverged"):
         train_locally(model, x * np.float32("nan"), y, LocalRecipe(), seed=0)
+
+
+def test_a_trainer_of_the_whole_model_serves_a_round_and_keeps_its_statistics(model):
+    from edgepriv.federated.local_update import RoundSettings
+    from edgepriv.federated.torch_trainer import TorchTrainer
+
+    x, y = _images()
+    weights = {n: v.numpy().copy() for n, v in model.state_dict().items() if "running" not in n and "num" not in n}
+    before = model.state_dict()["features.1.running_mean"].clone()
+    trainer = TorchTrainer(model, x, y)
+    recipe = LocalRecipe(shares_statistics=False)
+    update = trainer(weights, RoundSettings(recipe, round=1, seed=0))
+    assert set(update.tensors) == set(weights)
+    assert update.examples == 10
+    assert not torch.equal(model.state_dict()["features.1.running_mean"], before)
+    assert int(model.state_dict()["features.1.num_batches_tracked"]) == 2
+    assert trainer(weights, RoundSettings(recipe, round=2, seed=0)).examples == 10
+    assert TorchTrainer(model, x[:0], y[:0])(weights, RoundSettings(recipe, 1, 0)).examples == 0
+    with pytest.raises(DataError, match="has not"):
+        trainer({"tail.weight": y}, RoundSettings(recipe, 1, 0))

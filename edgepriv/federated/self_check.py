@@ -1,0 +1,226 @@
+"""The device's last look at its own update before it leaves; numpy only, well under a second for a head.
+
+Rules: no inversion is run here; everything found stays on the device but the verdict; the policy is the owner's,
+never the announcement's. Sources: the checks follow arXiv 2202.06924's finding that BatchNorm's running statistics
+give the batch's mean and variance away; thresholds are ours.
+
+Policies, when something is above its limit: ``send`` (report only), ``drop_bn`` (keep running statistics at home),
+``add_noise`` (the smallest noise that meets the limit), ``refuse`` (nothing leaves).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgepriv.errors import ConfigError, DataError, RefusedError
+from edgepriv.federated.head import BIAS, WEIGHT
+from edgepriv.federated.head_leakage import feature_bound, head_jacobian, noise_for
+from edgepriv.federated.privacy import update_norm
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+    from edgepriv.federated.head_leakage import HeadJacobian
+    from edgepriv.federated.local_recipe import LocalRecipe
+
+    Tensors = Mapping[str, NDArray[Any]]
+
+ACTIONS = ("send", "drop_bn", "add_noise", "refuse")
+STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckPolicy:
+    """What the owner allows.
+
+    Attributes:
+        action: what to do above a limit.
+        max_explained_variance: of the features, by the bound, for the worst example.
+        min_images: fewer images in a round count as a finding.
+        noise_multiplier: noise std over the update's norm where no features are given to compute it from.
+        noise_sigma: noise that is already added elsewhere before anybody sees this update (0 = none). Behind masks
+            a single update is not seen at all: do not check the sum's noise here, pass ``masked``.
+        masked: the round hides single updates; findings are reported and nothing is changed.
+        rounding_sigma: std of the encoding's rounding; the least noise there is. 2^-16 / sqrt(12) by default.
+    """
+
+    action: str = "drop_bn"
+    max_explained_variance: float = 0.2
+    min_images: int = 9
+    noise_multiplier: float = 0.1
+    noise_sigma: float = 0.0
+    masked: bool = False
+    rounding_sigma: float = 2.0**-16 / 12**0.5
+
+    def __post_init__(self) -> None:
+        if self.action not in ACTIONS:
+            raise ConfigError(f"policy {self.action!r} is unknown", hint="one of " + ", ".join(ACTIONS))
+        if not 0 < self.max_explained_variance <= 1:
+            raise ConfigError("max_explained_variance must lie in (0, 1]")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was found: a stable code, words, a figure and whether it is above its limit."""
+
+    code: str
+    words: str
+    value: float
+    above: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SelfCheck:
+    """The outcome.
+
+    Attributes:
+        action: what was done: ``send``, ``drop_bn`` or ``add_noise``.
+        within_limits: whether what is sent now meets the policy.
+        findings: what was found before anything was changed.
+        sigma: noise std that was added.
+        explained_variance: of the features, by the bound, worst example, as sent; ``None`` without features.
+        update: what may be sent.
+    """
+
+    action: str
+    within_limits: bool
+    findings: tuple[Finding, ...]
+    sigma: float
+    explained_variance: float | None
+    update: dict[str, NDArray[Any]] = field(repr=False)
+
+    def record(self) -> dict[str, Any]:
+        """Return what may be logged: no array, no per-image figure."""
+        rows = [{"code": f.code, "words": f.words, "value": f.value, "above": f.above} for f in self.findings]
+        return {
+            "schema": "edgepriv.self-check/1",
+            "action": self.action,
+            "within_limits": self.within_limits,
+            "sigma": self.sigma,
+            "explained_variance": self.explained_variance,
+            "findings": rows,
+        }
+
+
+def self_check(
+    update: Tensors,
+    recipe: LocalRecipe,
+    policy: CheckPolicy,
+    *,
+    n_images: int,
+    round_number: int | None = None,
+    head: Tensors | None = None,
+    features: NDArray[Any] | None = None,
+    labels: NDArray[Any] | None = None,
+    rng: np.random.Generator | None = None,
+) -> SelfCheck:
+    """Check an update and protect it as the policy says.
+
+    Args:
+        update: changes by name.
+        recipe: what was done to get it.
+        policy: see :class:`CheckPolicy`.
+        n_images: images trained on.
+        round_number: 0 and 1 are flagged: a fresh network gives most away.
+        head: ``head.weight`` and ``head.bias`` before the round, for the bound.
+        features: [n, d] what the head was trained on, for the bound.
+        labels: [n].
+        rng: for the noise; the operating system's entropy by default.
+
+    Raises:
+        RefusedError: the policy is ``refuse`` and something is above its limit.
+        DataError: NaN or infinity, or a counter that contradicts the recipe.
+    """
+    _check_finite(update)
+    findings = [
+        *_size_findings(recipe, policy, n_images, round_number),
+        *_statistics_findings(update, recipe, n_images),
+    ]
+    jacobian = _jacobian(head, features, labels, recipe)
+    noise = max(policy.noise_sigma, policy.rounding_sigma)
+    before = None if jacobian is None else max(feature_bound(jacobian, noise).per_example)
+    if before is not None:
+        words = "share of the worst example's features that the head's change gives away at most"
+        findings.append(Finding("features", words, before, before > policy.max_explained_variance))
+    above = [f for f in findings if f.above]
+    if policy.masked or not above or policy.action == "send":
+        sent = not above or policy.masked
+        return SelfCheck("send", sent, tuple(findings), 0.0, before, dict(update))
+    if policy.action == "refuse":
+        raise RefusedError(
+            "this update stays on the device: " + "; ".join(f.words for f in above),
+            hint="train on more images, share no BatchNorm statistics, or allow noise",
+        )
+    return _protect(update, policy, findings, jacobian, before, rng or np.random.default_rng())
+
+
+def _protect(
+    update: Tensors,
+    policy: CheckPolicy,
+    findings: list[Finding],
+    jacobian: HeadJacobian | None,
+    before: float | None,
+    rng: np.random.Generator,
+) -> SelfCheck:
+    """Drop statistics; with ``add_noise`` add the least noise that meets the limit as well."""
+    kept = {name: value for name, value in update.items() if not name.endswith(STATISTICS)}
+    remaining = [f for f in findings if f.above and f.code != "statistics"]
+    if policy.action == "drop_bn" or not remaining:
+        return SelfCheck("drop_bn", not remaining, tuple(findings), 0.0, before, kept)
+    if jacobian is None:
+        sigma, after = policy.noise_multiplier * update_norm(kept), None
+    else:
+        sigma = noise_for(jacobian, policy.max_explained_variance)
+        after = max(feature_bound(jacobian, sigma).per_example)
+    noisy = {n: (v + sigma * rng.standard_normal(v.shape)).astype(v.dtype) for n, v in kept.items()}
+    return SelfCheck("add_noise", True, tuple(findings), sigma, after, noisy)
+
+
+def _check_finite(update: Tensors) -> None:
+    if not update:
+        raise DataError("the update is empty")
+    for name, value in update.items():
+        if not np.isfinite(np.asarray(value, np.float64)).all():
+            raise DataError(f"{name} holds NaN or infinity", hint="training diverged: lower the learning rate")
+
+
+def _size_findings(recipe: LocalRecipe, policy: CheckPolicy, n_images: int, round_number: int | None) -> list[Finding]:
+    found = [
+        Finding("few-images", f"{n_images} images stand behind this update", n_images, n_images < policy.min_images)
+    ]
+    if min(recipe.batch_size, n_images) == 1 and recipe.steps(n_images) == 1:
+        found.append(Finding("single-image", "one image in one step: its features can be read exactly", 1.0, True))
+    if round_number is not None and round_number <= 1:
+        found.append(Finding("fresh-model", "a fresh model gives most away", round_number, above=False))
+    return found
+
+
+def _statistics_findings(update: Tensors, recipe: LocalRecipe, n_images: int) -> list[Finding]:
+    """Shared buffers: how many, and whether the counters agree with the recipe."""
+    shared = [name for name in update if name.endswith(STATISTICS[:2])]
+    steps = recipe.steps(n_images)
+    for name, value in update.items():
+        counted = round(float(np.asarray(value).sum())) if name.endswith(STATISTICS[2]) else steps
+        if counted % steps or counted <= 0:
+            raise DataError(
+                f"{name} counted {counted} batches, the recipe means {steps}", hint="check batch size, epochs, images"
+            )
+    if not shared:
+        return []
+    words = f"{len(shared)} BatchNorm buffers give the batch's mean and variance away exactly"
+    return [Finding("statistics", words, len(shared), above=True)]
+
+
+def _jacobian(
+    head: Tensors | None, features: NDArray[Any] | None, labels: NDArray[Any] | None, recipe: LocalRecipe
+) -> HeadJacobian | None:
+    if head is None or features is None or labels is None:
+        return None
+    if WEIGHT not in head or BIAS not in head:
+        raise DataError(f"the head needs {WEIGHT} and {BIAS}")
+    return head_jacobian(head, features, labels, recipe)
