@@ -35,6 +35,7 @@ DEFAULT_POLICIES = ("argmax", "softmax:1", "softmax:2", "unsafe_raw_logits")
 @click.option("--images", default=6000, show_default=True, type=click.IntRange(60, 1_000_000))
 @click.option("--output", default=None, help="Name of the output to audit; the first by default.")
 @click.option("--input-scale", default=None, type=float, help="Factor from 0..255 pixels to the input; 1/255.")
+@click.option("--side", default=None, type=click.IntRange(8, 1024), help="Pad pictures with black to this side.")
 @click.option("--unlabelled", is_flag=True, help="Do not use the labels.")
 @click.option("--ridge", default=1e-2, show_default=True, type=float, help="Of the covariance in R.")
 @click.option("--limit", default=0.25, show_default=True, type=float, help="Explained variance that counts as high.")
@@ -78,7 +79,7 @@ def _audit(model_path: Path, data: str, options: dict[str, Any]) -> OutputAudit:
     torch.set_num_threads(options["threads"])
     limits = OpeningLimits(memory_bytes=options["memory_mib"] << 20, threads=options["threads"])
     model = SuppliedModel.find(model_path, limits=limits, scale=options["input_scale"], output=options["output"])
-    probe, reference_data = open_pictures(data, unlabelled=options["unlabelled"])
+    probe, reference_data = open_pictures(data, unlabelled=options["unlabelled"], side=options["side"])
     return audit_outputs(
         model,
         probe,
@@ -106,19 +107,23 @@ def _request(options: dict[str, Any]) -> AuditRequest:
     )
 
 
-def open_pictures(spec: str, *, unlabelled: bool = False) -> tuple[Probe, Probe | None]:
+def open_pictures(spec: str, *, unlabelled: bool = False, side: int | None = None) -> tuple[Probe, Probe | None]:
     """Return the audit's pictures (the test part) and those that references train on, None without labels."""
     from edgepriv import datasets
+    from edgepriv.risk.reconstruction.attack import padded
     from edgepriv.risk.reconstruction.leakage import Probe
+
+    def fit(images: Any) -> Any:
+        return images if side is None else padded(images, side)
 
     folder = Path(spec)
     if folder.is_dir() and (flat := sorted(p for p in folder.iterdir() if p.suffix.lower() in datasets.IMAGE_SUFFIXES)):
-        return Probe(folder.name, _stack([datasets.read_image(path) for path in flat], spec), None), None
+        return Probe(folder.name, fit(_stack([datasets.read_image(path) for path in flat], spec)), None), None
     test = datasets.load(spec, split="test")
     if unlabelled:
-        return Probe(test.name, test.images, None), None
+        return Probe(test.name, fit(test.images), None), None
     train = datasets.load(spec, split="train")
-    return Probe(test.name, test.images, test.labels), Probe(train.name, train.images, train.labels)
+    return Probe(test.name, fit(test.images), test.labels), Probe(train.name, fit(train.images), train.labels)
 
 
 def _stack(images: list[Any], spec: str) -> Any:

@@ -1,0 +1,164 @@
+"""The red team's models: the attack works, its twin keeps its accuracy, a stopped run goes on, exports are faithful."""
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from click.testing import CliRunner
+
+from edgepriv.cli.redteam import redteam
+from edgepriv.errors import ConfigError, DataError
+from edgepriv.risk.reconstruction.attack import attack_scores, digit_attributes, padded, succeeded
+from edgepriv.risk.reconstruction.augment import TRANSFORMS, augmented
+from edgepriv.risk.reconstruction.detectors import outputs_of, pictures_of
+from edgepriv.risk.reconstruction.leakage import AuditSettings, Bench
+from edgepriv.risk.reconstruction.networks import ARCHITECTURES, attack_decoder, classifier
+from edgepriv.risk.reconstruction.onnx_writer import write_onnx
+from edgepriv.risk.reconstruction.supplied_model import SuppliedModel
+from edgepriv.risk.reconstruction.vicious import Recipe, Trainer, TrainingSet, train
+
+
+@pytest.fixture(scope="module")
+def small(digits_probes):
+    probe = digits_probes[1]
+    return TrainingSet.of(probe.images[:300], probe.labels[:300])
+
+
+def test_the_secret_decoder_beats_every_auditor_of_the_honest_twin(digit_models, digits_probes):
+    _, pairs = digit_models
+    bench = Bench(digits_probes[0], AuditSettings(trained=None))
+    own, mean = attack_scores(pairs["vicious"], bench, bench.labels)
+
+    class Raw:
+        name = "raw"
+
+        def bits(self, k):
+            return 32.0 * k
+
+        def apply(self, logits):
+            return logits.astype(float)
+
+    honest = bench.leakage(outputs_of(pairs["honest"].classifier, pictures_of(bench.images)), Raw())
+    assert succeeded(own, honest.score.explained_variance)
+    assert own.psnr_db > mean.psnr_db + 1
+    assert own.ssim > mean.ssim
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_every_architecture_is_written_as_onnx_that_onnxruntime_runs_alike(name, tmp_path):
+    shape = (32, 32, 3)
+    torch.manual_seed(0)
+    network = classifier(name, shape, 7).eval()
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    path = tmp_path / "m.onnx"
+    write_onnx(network, shape, 7, path)
+    model = onnx.load(str(path))
+    assert model.ir_version <= 9
+    assert model.opset_import[0].version == 17
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    images = np.random.default_rng(0).integers(0, 256, (5, *shape), np.uint8)
+    theirs = SuppliedModel.find(path).outputs(images)
+    assert np.allclose(outputs_of(network, pictures_of(images)), theirs, atol=1e-3 * max(1, np.abs(theirs).max()))
+
+
+def test_an_unknown_layer_is_refused_by_name(tmp_path):
+    with pytest.raises(DataError, match="Softplus"):
+        write_onnx(torch.nn.Sequential(torch.nn.Softplus()), (4, 4, 1), 2, tmp_path / "m.onnx")
+
+
+def test_the_wide_decoder_makes_pictures_of_32_by_32():
+    decoder = attack_decoder("wrn28-1", (32, 32, 3), 10).eval()
+    assert decoder(torch.zeros(2, 10)).shape == (2, 3, 32, 32)
+    with pytest.raises(ConfigError, match="32x32"):
+        classifier("wrn28-1", (28, 28, 1), 10)
+    with pytest.raises(ConfigError, match="unknown architecture"):
+        classifier("resnet-9000", (28, 28, 1), 10)
+
+
+def test_a_run_that_was_stopped_ends_like_one_that_was_not(small, tmp_path):
+    recipe = Recipe(epochs=4, batch=50)
+    whole = train(recipe, small)
+    state = tmp_path / "s.safetensors"
+    first = Trainer(recipe, small)
+    first.run_epoch()
+    first.run_epoch()
+    first.save(state)
+    lines = []
+    resumed = train(recipe, small, state=state, progress=lines.append)
+    assert lines[0] == "goes on after epoch 2"
+    for a, b in zip(whole.classifier.state_dict().values(), resumed.classifier.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_state_of_another_recipe_is_not_resumed(small, tmp_path):
+    state = tmp_path / "s.safetensors"
+    train(Recipe(epochs=1, batch=50, reconstruction_weight=0.0), small, state=state)
+    assert not Trainer(Recipe(epochs=1, batch=60, reconstruction_weight=0.0), small).resume(state)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(small):
+    a, b, c = (train(Recipe(epochs=1, batch=50, seed=s), small).classifier.state_dict() for s in (1, 1, 2))
+    assert all(torch.equal(x, y) for x, y in zip(a.values(), b.values(), strict=True))
+    assert not all(torch.equal(x, y) for x, y in zip(a.values(), c.values(), strict=True))
+
+
+def test_softmax_outputs_and_attributes_train(digits_probes):
+    probe = digits_probes[1]
+    softmax = train(Recipe(epochs=1, outputs="softmax"), TrainingSet.of(probe.images[:200], probe.labels[:200]))
+    assert softmax.decoder is not None
+    data = TrainingSet.of(probe.images[:200], digit_attributes(probe.labels[:200]))
+    attributes = train(Recipe(epochs=1, outputs="softmax"), data)
+    assert data.outputs == 3
+    assert 0 <= attributes.history[0]["accuracy"] <= 1
+
+
+def test_attributes_of_digits_are_parity_size_and_loops():
+    found = digit_attributes(np.arange(10))
+    assert found[:, 0].tolist() == [0, 1, 0, 1, 0, 1, 0, 1, 0, 1]
+    assert found[:, 1].tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 1, 1]
+    assert found[:, 2].nonzero()[0].tolist() == [0, 6, 8, 9]
+
+
+def test_labels_outside_the_classes_are_refused(digits_probes):
+    with pytest.raises(DataError, match="out of range for 5 classes"):
+        TrainingSet.of(digits_probes[1].images, digits_probes[1].labels, classes=5)
+
+
+def test_padding_centres_pictures_and_refuses_larger_ones():
+    assert padded(np.ones((1, 28, 28, 1), np.uint8), 32)[0, 2:30, 2:30].all()
+    with pytest.raises(DataError, match="do not fit"):
+        padded(np.ones((1, 40, 40, 1), np.uint8), 32)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=lambda t: t.__name__)
+def test_each_augmentation_keeps_shape_and_finite_values(transform):
+    generator = torch.Generator().manual_seed(0)
+    picture = torch.rand(3, 20, 18, generator=generator)
+    out = transform(picture, generator)
+    assert out.shape == picture.shape
+    assert torch.isfinite(out).all()
+    assert not torch.equal(out, picture)
+
+
+def test_augmented_batches_stay_in_range_and_follow_the_seed():
+    x = torch.rand(14, 1, 16, 16)
+    a, b = (augmented(x, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(a, b)
+    assert float(a.min()) >= 0
+    assert float(a.max()) <= 1
+
+
+def test_the_command_writes_both_models_and_goes_on_where_it_was(tmp_path):
+    arguments = ["train-vicious", "--data", "digits", "--epochs", "2", "--out", str(tmp_path), "--json"]
+    first = CliRunner().invoke(redteam, arguments)
+    assert first.exit_code == 0, first.output
+    report = json.loads(first.stdout)
+    assert report["schema"] == "edgepriv.redteam-vicious/1"
+    assert {p.name for p in tmp_path.glob("*.onnx")} == {"vicious.onnx", "honest.onnx"}
+    again = CliRunner().invoke(redteam, arguments)
+    assert "goes on after epoch 2" in again.stderr
