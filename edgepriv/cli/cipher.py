@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import click
+
+from edgepriv.errors import ConfigError, MissingDependencyError, MissingFileError
 
 
 @click.group()
@@ -26,6 +30,106 @@ def bench(sizes: tuple[str, ...], alg: Any, rounds: int, as_json: bool) -> None:
 
     document = stand.run(list(sizes or stand.SIZES), alg=alg, rounds=rounds)
     click.echo(json.dumps(document) if as_json else _bench_text(document))
+
+
+@cipher.command("report")
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--profile", default="flep3", show_default=True, type=click.Choice(["flep3", "flep3-strong", "aead"]))
+@click.option("--alg", type=click.Choice(["aes-256-gcm", "chacha20-poly1305"]), help="Default: what the CPU does best.")
+@click.option("--cipher", "other", metavar="MODULE:NAME", help="Measure another cipher: a class with encrypt().")
+@click.option("--pairs", default=200, show_default=True, help="Pairs of pictures for each column; at least 200.")
+@click.option("--seed", type=int, help="Repeatable keys and ids, for comparing runs.")
+@click.option(
+    "--html", "page", type=click.Path(path_type=Path, dir_okay=False), help="Also write a page with pictures."
+)
+@click.option("--json", "as_json", is_flag=True)
+def report(
+    images: tuple[Path, ...],
+    profile: str,
+    alg: Any,
+    other: str | None,
+    pairs: int,
+    seed: int | None,
+    page: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure the cipher on IMAGES (files, or ``skimage:camera`` and the like, or ``black:HxWxC``).
+
+    Ends with exit code 1 when a picture fails.
+    """
+    from edgepriv.cipher import report as stand
+    from edgepriv.primitives import cpu
+
+    subjects = _other(other) if other else stand.subjects_of(profile, alg or cpu.choose_alg())
+    random = stand.seeded(seed)
+    reports = []
+    for path in images:
+        click.echo(f"measuring {path}", err=True)
+        reports.append(stand.measure(str(path), _load(path), subjects, pairs=pairs, random=random))
+    document = stand.document(reports, cipher=other or profile, pairs=pairs)
+    if page:
+        from edgepriv.cipher.report_page import page as render
+
+        page.write_text(render(document, reports))
+    click.echo(json.dumps(document) if as_json else _report_text(document))
+    if any(entry["verdict"] == "fail" for entry in document["images"]):
+        sys.exit(1)
+
+
+def _other(name: str) -> dict[str, Any]:
+    """Load a cipher by MODULE:NAME; its pinned column is printed, as for our stream profiles."""
+    import importlib
+
+    module, _, attribute = name.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"no cipher at {name}: {error}", hint="MODULE:NAME of a class with encrypt()") from error
+    return {"whole": (found() if isinstance(found, type) else found, False)}
+
+
+def _load(path: Path) -> Any:
+    import numpy as np
+
+    from edgepriv.cli.seal import decode_pixels
+
+    kind, _, name = str(path).partition(":")
+    if kind == "black":
+        try:
+            return np.zeros([int(side) for side in name.split("x")], np.uint8)
+        except ValueError:
+            raise ConfigError(f"{path} is not black:HEIGHTxWIDTH[xCHANNELS]") from None
+    if kind == "skimage":
+        try:
+            from skimage import data
+        except ImportError as error:
+            raise MissingDependencyError("skimage: pictures need scikit-image", hint="edgepriv[demo] has it") from error
+        if name not in {"camera", "astronaut", "coffee", "cat", "rocket"}:
+            raise ConfigError(f"no picture {name!r}", hint="camera, astronaut, coffee, cat or rocket")
+        return getattr(data, name)()
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise MissingFileError(f"cannot read {path}: {error.strerror}") from None
+    pixels = decode_pixels(raw, path)
+    return pixels if pixels.dtype == np.uint8 else np.ascontiguousarray(pixels).view(np.uint8)
+
+
+def _report_text(document: dict[str, Any]) -> str:
+    lines = [
+        f"cipher {document['cipher']}, {document['pairs']} pairs, a test fails below p = {document['threshold_p']:.1e}"
+    ]
+    for entry in document["images"]:
+        lines.append(f"{entry['path']}: {entry['verdict']}")
+        for test in entry["metrics"]:
+            low, high = test["interval_05"]
+            mark = ("pass" if test["pass"] else "FAIL") if test["judged"] else "printed"
+            lines.append(
+                f"  {test['subject']:6} {test['column']:6} {test['test']:14} {test['mean']:11.5f}"
+                f"  [{low:.5f}, {high:.5f}]  outside {test['outside_05']:3}/{test['of']}  p {test['p']:8.2g}  {mark}"
+            )
+    return "\n".join(lines)
 
 
 def _bench_text(document: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ offset bytes field (integers big-endian)
 16     32    mid, the random message id
 48     32    SHA-256 of the signed epoch record
 80     32    commitment to the content key
-112    n     AEAD ciphertext, its last 16 bytes the AEAD tag (n >= 144)
+112    n     AEAD ciphertext, its last 16 bytes the AEAD tag (n >= 80)
 112+n  16/64 MAC to the gateway (``link-mac``) or Ed25519 signature (``ed25519``) over all bytes before it
 ====== ===== ==========================================================================================
 
@@ -48,7 +48,7 @@ HEADER = struct.Struct(">4sBBBBQ32s32s")
 HEADER_BYTES = HEADER.size
 COMMITMENT_BYTES = 32
 BODY_OFFSET = HEADER_BYTES + COMMITMENT_BYTES
-META_BYTES = 128
+META_BYTES = 64
 MIN_BODY_BYTES = META_BYTES + primitives.TAG_BYTES
 MAX_BYTES = 256 << 20
 MAX_FRAMES = 1 << 16
