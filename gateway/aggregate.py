@@ -146,7 +146,7 @@ def fold(folder: Path, opened: RoundOpen, staged: Sequence[Staged]) -> tuple[Che
                     raise WireError("another update of this device is in the sum")
                 file = files.enter_context(item.path.open("rb"))
                 source = open_source(file, item.path.stat().st_size, opened)
-                sources.append((item, source, _norm_factor(source.check(), opened) * item.factor))
+                sources.append((item, source, _factor(source.check(), item, opened)))
             except (WireError, OSError) as error:
                 refused.append(Refusal(item.device, item.digest, str(error)))
         if not sources:
@@ -155,8 +155,10 @@ def fold(folder: Path, opened: RoundOpen, staged: Sequence[Staged]) -> tuple[Che
         return _write_sum(before, opened, taken, sources), refused
 
 
-def _norm_factor(norm: float, opened: RoundOpen) -> float:
-    return 1.0 if norm <= opened.clip else opened.clip / norm * (1 - 1e-9)
+def _factor(norm: float, item: Staged, opened: RoundOpen) -> float:
+    """What scales an update: its own factor (robust rules), and never above the clip."""
+    scaled = norm * item.factor
+    return item.factor if scaled <= opened.clip else opened.clip / norm * (1 - 1e-9)
 
 
 def _write_sum(
@@ -275,7 +277,7 @@ def finish(
         raise RefusedError("no update is in the sum")
     mean, weights = _decode(folder, checkpoint, opened, unmask, noise)
     try:
-        return _apply(mean, weights, opened, base, out, rate, len(checkpoint.taken))
+        return apply_mean(mean, weights, opened, base, out, rate, len(checkpoint.taken))
     finally:
         mean.unlink(missing_ok=True)
 
@@ -304,9 +306,10 @@ def _decode(
     return path, weights
 
 
-def _apply(
+def apply_mean(
     mean: Path, weights: NDArray[np.int64], opened: RoundOpen, base: Path, out: Path, rate: float, devices: int
 ) -> Result:
+    """Write ``base + rate * mean / weights``; ``mean``: a file of float32 values in the layout of the round."""
     writer = _WeightsWriter(opened, base, mean, weights, rate)
     fresh = out.with_name(out.name + ".new")
     with fresh.open("wb") as file:

@@ -16,16 +16,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from edgepriv.errors import EdgeprivError, RefusedError, WireError
+from edgepriv.federated.noise import NoiseStream
 from edgepriv.wire import rounds as wire_rounds
 from edgepriv.wire.messages import Ack, Offer, RoundMessage
 from edgepriv.wire.rounds import MASKED, Confirm, Join
-from gateway import aggregate, round_events
+from gateway import aggregate, robust_sum, round_events
 from gateway.aggregate import Staged
 from gateway.rounds import ENDED, Round
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
+
+    from numpy.typing import NDArray
 
     from edgepriv.wire.trust import TrustList
     from gateway.round_events import Action, Event, RoundRecord
@@ -45,6 +48,10 @@ class RoundStore(Protocol):
 
     def close(self, record: RoundRecord) -> None:
         """Store the record; a second call with the same round changes nothing."""
+        ...
+
+    def records(self) -> list[dict[str, Any]]:
+        """Closed rounds, oldest first: the fields of `RoundRecord` by name."""
         ...
 
 
@@ -88,6 +95,7 @@ class Conductor:
         self._paths: dict[bytes, Path] = {}
         self._unmaskers: dict[int, Any] = {}
         self._ended: list[int] = []
+        self.noise_seed = b""  # simulations only: empty takes the operating system's randomness
         self.models.mkdir(parents=True, exist_ok=True)
 
     # --- global weights -----------------------------------------------------------------------------------
@@ -124,11 +132,14 @@ class Conductor:
             ConfigError: the plan's arithmetic could overflow.
             RefusedError: its number was used, its base is not here, or it would pass the privacy budget.
         """
-        if plan.round in self.rounds or any(r.round >= plan.round for r in self.records):
+        if plan.round in self.rounds or any(r["round"] >= plan.round for r in self.store.records()):
             raise RefusedError(f"round {plan.round} is not new: a new attempt is a new number")
-        if not self.model_path(plan.base).exists():
-            raise RefusedError("the round's base weights are not here")
+        if not self.model_path(plan.base).exists() or (plan.reference and not self.model_path(plan.reference).exists()):
+            raise RefusedError("the round's base weights, or its reference update, are not here")
         current = Round(plan, devices, now)
+        spent = self._spent(current)
+        if plan.max_epsilon and spent > plan.max_epsilon:
+            raise RefusedError(f"the privacy budget would be passed: epsilon {spent:.2f} of {plan.max_epsilon:g}")
         self.rounds[plan.round] = current
         self._round_folder(plan.round).mkdir(parents=True, exist_ok=True)
         self.store.save(plan.round, current.to_bytes())
@@ -142,8 +153,7 @@ class Conductor:
             current = Round.from_bytes(raw)
             self.rounds[current.plan.round] = current
             with contextlib.suppress(EdgeprivError):
-                taken = aggregate.load_checkpoint(self._round_folder(current.plan.round), current.opened).taken
-                for device, _stale, digest, _weight in taken:
+                for device, digest in self._in_sum(current):
                     out += self._carry_out(current, self._note_folded(current, device, digest, now), now)
             out += self._carry_out(current, current.resume(now), now)
         for folder in self.folder.glob("round-*"):
@@ -219,6 +229,23 @@ class Conductor:
     def _running(self) -> list[Round]:
         return [r for r in self.rounds.values() if r.state not in ENDED]
 
+    def _spent(self, current: Round) -> float:
+        """Epsilon of all rounds on this model with this one; 0 where rounds promise nothing."""
+        plan = current.plan
+        if plan.noise == "none":
+            return 0.0
+        from gateway.accounting import spent_epsilon
+
+        now = {
+            "noise": plan.noise,
+            "noise_multiplier": plan.noise_multiplier,
+            "participation": plan.participation,
+            "invited": sum(1 for name in current.devices if "~" not in name),
+            "population": plan.population,
+        }
+        past = [r for r in self.store.records() if r["model"] == plan.model and r["round"] != plan.round]
+        return spent_epsilon([*past, now], plan.delta)
+
     def _round_folder(self, number: int) -> Path:
         return self.folder / f"round-{number}"
 
@@ -280,8 +307,7 @@ class Conductor:
         pending = self._pending.pop(current.plan.round, {})
         if not pending:
             return []
-        folder = self._round_folder(current.plan.round)
-        _, refused = aggregate.fold(folder, current.opened, list(pending.values()))
+        refused = self._add(current, list(pending.values()))
         reasons = {(r.device, r.digest): r.reason for r in refused}
         out: list[Outgoing] = []
         for device, digest in pending:
@@ -290,6 +316,26 @@ class Conductor:
             out += self._event(current, round_events.Folded(device, digest, reason), now)
             self._paths.pop(digest, None)
         return out
+
+    def _add(self, current: Round, items: list[Staged]) -> list[aggregate.Refusal]:
+        """Put checked updates where the round's rule needs them; the refused ones come back."""
+        folder, rule = self._round_folder(current.plan.round), current.plan.rule
+        if rule in robust_sum.RULES:
+            return robust_sum.keep(folder, current.opened, items)
+        refused: list[aggregate.Refusal] = []
+        if rule == "fltrust":
+            reference = self.model_path(current.plan.reference)
+            judged = [robust_sum.trusted(item, reference, current.opened) for item in items]
+            refused = [j for j in judged if isinstance(j, aggregate.Refusal)]
+            items = [j for j in judged if isinstance(j, Staged)]
+        return [*refused, *aggregate.fold(folder, current.opened, items)[1]]
+
+    def _in_sum(self, current: Round) -> list[tuple[str, bytes]]:
+        """Device and digest of what the round's folder durably holds."""
+        folder = self._round_folder(current.plan.round)
+        if current.plan.rule in robust_sum.RULES:
+            return robust_sum.kept_updates(folder)
+        return [(row[0], row[2]) for row in aggregate.load_checkpoint(folder, current.opened).taken]
 
     def _remove_masks(self, current: Round, action: round_events.RemoveMasks, now: float) -> list[Outgoing]:
         from gateway.unmasking import rebuild
@@ -304,21 +350,29 @@ class Conductor:
 
     def _finish(self, current: Round) -> round_events.Finished:
         plan, number = current.plan, current.plan.round
-        out = self._round_folder(number) / "weights.bin"
+        folder, base = self._round_folder(number), self.model_path(plan.base)
+        out = folder / "weights.bin"
         try:
-            unmask = self._unmaskers.pop(number, None)
-            result = aggregate.finish(
-                self._round_folder(number),
-                current.opened,
-                self.model_path(plan.base),
-                out,
-                unmask=unmask,
-                rate=plan.server_rate,
-            )
+            if plan.rule in robust_sum.RULES:
+                result = robust_sum.robust_finish(
+                    folder, current.opened, base, out, rule=plan.rule, rate=plan.server_rate
+                )
+            else:
+                unmask = self._unmaskers.pop(number, None)
+                result = aggregate.finish(
+                    folder, current.opened, base, out, unmask=unmask, noise=self._noise(plan), rate=plan.server_rate
+                )
+            aggregate.rename(out, self.model_path(result.digest))
+            return round_events.Finished(result.digest, result.size, self._spent(current))
         except EdgeprivError as error:
             return round_events.Finished(reason=str(error))
-        aggregate.rename(out, self.model_path(result.digest))
-        return round_events.Finished(result.digest, result.size)
+
+    def _noise(self, plan: RoundPlan) -> Callable[[int], NDArray[Any]] | None:
+        """Central noise: Gaussian, deviation multiplier x clip on the sum of clipped updates of weight 1."""
+        if plan.noise != "central":
+            return None
+        stream, deviation = NoiseStream(self.noise_seed), plan.noise_multiplier * plan.clip
+        return lambda count: stream.normal(count) * deviation
 
     def _close(self, record: RoundRecord) -> None:
         self.store.close(record)

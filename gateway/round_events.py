@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from edgepriv.wire.rounds import RoundResult
 
 if TYPE_CHECKING:
     from edgepriv.wire.rounds import Reveal
@@ -170,6 +173,7 @@ class RoundRecord:
     started: float
     ended: float
     invited: int
+    population: int
     participants: tuple[str, ...]
     rejected: tuple[tuple[str, str], ...]
     before: bytes
@@ -180,3 +184,29 @@ class RoundRecord:
     participation: str
     epsilon: float
     delta: float
+
+    def result(self) -> RoundResult:
+        """What devices are told."""
+        return RoundResult(
+            self.outcome,
+            self.reason[:400],
+            self.after,
+            self.after_bytes,
+            len(self.participants),
+            self.privacy,
+            self.epsilon,
+            self.delta,
+        )
+
+    def to_row(self) -> list[Any]:
+        """Plain values, in the order of the fields."""
+        values = [getattr(self, f.name) for f in dataclasses.fields(self)]
+        return [[list(v) if isinstance(v, tuple) else v for v in x] if isinstance(x, tuple) else x for x in values]
+
+    @classmethod
+    def from_row(cls, row: list[Any]) -> RoundRecord:
+        """Restore what `to_row` gave."""
+        values = dict(zip((f.name for f in dataclasses.fields(cls)), row, strict=True))
+        values["participants"] = tuple(values["participants"])
+        values["rejected"] = tuple(tuple(pair) for pair in values["rejected"])
+        return cls(**values)

@@ -9,6 +9,7 @@ from edgepriv.errors import ConfigError
 from edgepriv.federated.fixed_point import choose_ring, noise_slack
 from edgepriv.wire.rounds import CLEAR, MASKED, RoundOpen
 
+STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")
 RULES = ("mean", "trimmed", "median", "fltrust")
 
 
@@ -17,6 +18,9 @@ class RoundPlan:
     """What the operator wants of a round; times are durations in seconds.
 
     ``base``/``base_bytes``: digest and length of the global weights. ``tensors``: rows ``[name, [dimensions]]``.
+    ``max_epsilon``: no start past this at ``delta`` (0: no budget). ``statistics``: BatchNorm's running statistics stay
+    at ``home`` (then no tensor of the round may be one) or are ``shared`` (then clip and noise cover them too).
+    ``reference``: digest of the trusted update of the rule fltrust, stored beside the models.
     ``threshold_active``: floor(2n/3)+1 shares are needed (a lying gateway), else floor(n/2)+1.
     """
 
@@ -49,10 +53,12 @@ class RoundPlan:
     delta: float = 1e-5
     participation: str = "all"
     population: int = 0
+    max_epsilon: float = 0.0
     statistics: str = "home"
     late: str = "drop"
     max_staleness: int = 1
     rule: str = "mean"
+    reference: bytes = b""
     server_rate: float = 1.0
     training: dict[str, Any] = field(default_factory=dict)
 
@@ -65,6 +71,10 @@ class RoundPlan:
             raise ConfigError("masked rounds take no late updates and no compression but randomk")
         if self.rule != "mean" and self.encoding in {"topk", "randomk"}:
             raise ConfigError(f"the rule {self.rule} compares whole updates", hint='encoding = "float32"')
+        if self.statistics == "home" and any(str(row[0]).endswith(STATISTICS) for row in self.tensors):
+            raise ConfigError("BatchNorm statistics stay at home", hint='leave them out, or statistics = "shared"')
+        if (self.rule == "fltrust") != bool(self.reference):
+            raise ConfigError("the rule fltrust, and only it, needs a reference update")
         if self.noise != "none" and (self.max_weight != 1 or self.noise_multiplier <= 0):
             raise ConfigError("noise needs max_weight = 1 and a positive noise_multiplier")
         if self.noise == "distributed" and self.privacy != MASKED:

@@ -40,7 +40,6 @@ from edgepriv.wire.rounds import (
     Confirm,
     Join,
     Reveal,
-    RoundResult,
     SharesDown,
     SharesUp,
     Survivors,
@@ -125,7 +124,7 @@ class Round:
             "sharers": self.sharers,
             "survivors": self.survivors,
             "reveals": [[p, list(r.members), list(r.shares)] for p, r in sorted(self.reveals.items())],
-            "record": [_plain(getattr(self.record, f.name)) for f in _RECORD] if self.record else None,
+            "record": self.record.to_row() if self.record else None,
         }
         return cbor.encode(body)
 
@@ -143,11 +142,7 @@ class Round:
         self.queue, self.cohort = body["queue"], body["cohort"]
         self.sharers, self.survivors = body["sharers"], body["survivors"]
         self.reveals = {p: Reveal(tuple(m), tuple(s)) for p, m, s in body["reveals"]}
-        if body["record"]:
-            values = dict(zip((f.name for f in _RECORD), body["record"], strict=True))
-            values["participants"] = tuple(values["participants"])
-            values["rejected"] = tuple(tuple(row) for row in values["rejected"])
-            self.record = RoundRecord(**values)
+        self.record = RoundRecord.from_row(body["record"]) if body["record"] else None
         return self
 
     # --- events -------------------------------------------------------------------------------------------
@@ -480,6 +475,7 @@ class Round:
             started=self.started,
             ended=now,
             invited=sum(1 for n in self.devices if "~" not in n),
+            population=plan.population,
             participants=taken,
             rejected=tuple((n, d.reason or "no update in time") for n, d in self.devices.items() if n not in taken),
             before=plan.base,
@@ -497,16 +493,7 @@ class Round:
         record = self.record
         if record is None:
             return []
-        body = RoundResult(
-            record.outcome,
-            record.reason[:400],
-            record.after,
-            record.after_bytes,
-            len(record.participants),
-            record.privacy,
-            record.epsilon,
-            record.delta,
-        )
+        body = record.result()
         return [Send(n, "result", body) for n in ([only] if only else self.devices) if "~" not in n]
 
     def _resend(self, now: float) -> list[Action]:
@@ -539,7 +526,6 @@ class Round:
 
 
 _FIELDS = dataclasses.fields(_Device)
-_RECORD = dataclasses.fields(RoundRecord)
 
 
 def _plain(value: Any) -> Any:

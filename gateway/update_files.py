@@ -31,10 +31,10 @@ BLOCK = 1 << 18
 MASKED_NAME = "masked"
 
 
-def blocks(first: int, last: int) -> Iterator[tuple[int, int]]:
-    """Ranges [a, b) of at most BLOCK coordinates that cover [first, last)."""
-    for start in range(first, last, BLOCK):
-        yield start, min(start + BLOCK, last)
+def blocks(first: int, last: int, most: int = BLOCK) -> Iterator[tuple[int, int]]:
+    """Ranges [a, b) of at most ``most`` coordinates that cover [first, last)."""
+    for start in range(first, last, most):
+        yield start, min(start + most, last)
 
 
 class _Part:

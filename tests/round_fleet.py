@@ -23,7 +23,7 @@ class MemoryStore:
     """Rounds in a dict: what a crash keeps."""
 
     def __init__(self):
-        self.saved, self.records = {}, []
+        self.saved, self.closed = {}, []
 
     def save(self, number, raw):
         self.saved[number] = raw
@@ -33,8 +33,11 @@ class MemoryStore:
 
     def close(self, record):
         self.saved.pop(record.round, None)
-        if all(r.round != record.round for r in self.records):
-            self.records.append(record)
+        if all(r.round != record.round for r in self.closed):
+            self.closed.append(record)
+
+    def records(self):
+        return [dataclasses.asdict(r) for r in self.closed]
 
 
 class Fleet:
@@ -73,7 +76,7 @@ class Fleet:
         end = self.now + seconds
         while self.now < end and any(r.record is None for r in self.conductor.rounds.values()):
             self.turn(step)
-        return self.store.records[-1] if self.store.records else None
+        return self.store.closed[-1] if self.store.closed else None
 
     def turn(self, step=1.0):
         self.now += step

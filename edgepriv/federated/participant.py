@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from edgepriv.wire.messages import RoundMessage
     from edgepriv.wire.trust import TrustList
 
+STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")
 EXPIRES_AFTER_DEADLINE_S = 60.0
 MAX_MODEL_BYTES = 512 << 20
 
@@ -339,6 +340,8 @@ def _recipe(opened: RoundOpen) -> LocalRecipe:
 def _covered(update: LocalUpdate, opened: RoundOpen) -> LocalUpdate:
     """Only what the round names leaves the device, whatever the trainer returned."""
     names = {row[0] for row in opened.tensors}
+    if opened.statistics == "home":
+        names = {name for name in names if not name.endswith(STATISTICS)}
     return LocalUpdate({n: t for n, t in update.tensors.items() if n in names}, update.examples)
 
 

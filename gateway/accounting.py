@@ -1,0 +1,61 @@
+"""What all rounds on one model have told about one device, by dp-accounting's Renyi accountant.
+
+Events, as the security design names them: noise added on devices is a Gaussian without amplification (the gateway
+knows who was sampled). Noise added by the gateway is a Poisson-sampled Gaussian only where devices were chosen by
+independent coin flips; a sample of fixed size is accounted with replace-one neighbours, where one device can move
+the sum by twice the clip; ``all`` is a plain Gaussian. One replace-one round makes the whole history replace-one.
+Aborted rounds count.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from edgepriv.errors import MissingDependencyError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+ORDERS = [1 + x / 10 for x in range(1, 100)] + [float(x) for x in range(11, 64)] + [128.0, 256.0, 512.0, 1024.0]
+
+
+def spent_epsilon(rounds: Iterable[Mapping[str, Any]], delta: float) -> float:
+    """Epsilon at ``delta`` after these rounds.
+
+    Args:
+        rounds: maps with ``noise``, ``noise_multiplier``, ``participation``, ``invited`` and ``population`` (fields
+            of `RoundRecord`); rounds without noise are not counted (they promise nothing).
+        delta: above 0.
+
+    Raises:
+        MissingDependencyError: dp-accounting is not installed.
+    """
+    noisy = [r for r in rounds if r["noise"] != "none"]
+    if not noisy:
+        return 0.0
+    try:
+        import dp_accounting
+        from dp_accounting import rdp
+    except ImportError as error:
+        raise MissingDependencyError(
+            "privacy accounting needs dp-accounting", hint="pip install 'edgepriv[gateway]'"
+        ) from error
+    replace = any(r["noise"] == "central" and r["participation"] == "fixed" for r in noisy)
+    relation = dp_accounting.NeighboringRelation.REPLACE_ONE if replace else None
+    accountant = rdp.RdpAccountant(ORDERS, **({"neighboring_relation": relation} if relation else {}))
+    for item in noisy:
+        accountant.compose(_event(dp_accounting, item, replace=replace))
+    return float(accountant.get_epsilon(delta))
+
+
+def _event(accounting: Any, item: Mapping[str, Any], *, replace: bool) -> Any:
+    multiplier = item["noise_multiplier"] / (2 if replace else 1)
+    gaussian = accounting.GaussianDpEvent(multiplier)
+    population, sample = item["population"], item["invited"]
+    if item["noise"] != "central" or not 0 < sample < population:
+        return gaussian
+    if item["participation"] == "poisson" and not replace:
+        return accounting.PoissonSampledDpEvent(sample / population, gaussian)
+    if item["participation"] == "fixed":
+        return accounting.SampledWithoutReplacementDpEvent(population, sample, gaussian)
+    return gaussian

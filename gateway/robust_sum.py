@@ -1,0 +1,122 @@
+"""Robust rules over staged updates, block by block: memory is devices x block, never devices x model.
+
+``trimmed`` and ``median`` need all values of a coordinate at once, so a checked update is kept (as a hard link in the
+round's folder, named by device, staleness and digest) until the round closes: disk is O(devices x model) for them.
+``fltrust`` streams: an update's score with the reference update becomes its weight before it is folded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgepriv.errors import RefusedError, WireError
+from edgepriv.federated.layout import Layout
+from edgepriv.federated.robust import coordinate_median, trimmed_mean, trust_score
+from gateway.aggregate import Refusal, Result, Staged, apply_mean
+from gateway.update_files import Source, blocks, open_source
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from edgepriv.wire.rounds import RoundOpen
+
+KEPT = "kept"
+ROBUST_BLOCK = 1 << 14
+RULES = {"trimmed": trimmed_mean, "median": coordinate_median}
+
+
+def keep(folder: Path, opened: RoundOpen, staged: Sequence[Staged]) -> list[Refusal]:
+    """Check updates and keep them for `robust_finish`; the refused ones are returned."""
+    kept, refused = folder / KEPT, []
+    kept.mkdir(exist_ok=True)
+    for item in staged:
+        target = kept / f"{item.device}~{item.stale}~{item.digest.hex()}"
+        try:
+            with item.path.open("rb") as file:
+                open_source(file, item.path.stat().st_size, opened).check()
+            with contextlib.suppress(FileExistsError):
+                os.link(item.path, target)
+        except (WireError, OSError) as error:
+            refused.append(Refusal(item.device, item.digest, str(error)))
+    return refused
+
+
+def kept_updates(folder: Path) -> list[tuple[str, bytes]]:
+    """Device and digest of every kept update."""
+    rows = [path.name.split("~") for path in sorted((folder / KEPT).glob("*"))]
+    return [(device, bytes.fromhex(digest)) for device, _, digest in rows]
+
+
+def robust_finish(folder: Path, opened: RoundOpen, base: Path, out: Path, *, rule: str, rate: float = 1.0) -> Result:
+    """Write ``base + rate * rule(updates)`` as the new global weights.
+
+    Raises:
+        RefusedError: no update was kept.
+    """
+    paths = sorted((folder / KEPT).glob("*"))
+    if not paths:
+        raise RefusedError("no update was kept")
+    layout, mean = Layout(opened.tensors), folder / "plain.bin"
+    with contextlib.ExitStack() as files, mean.open("wb") as plain:
+        sources = [_open(files.enter_context(p.open("rb")), p, opened) for p in paths]
+        factors = [_clip_factor(source, opened) for source in sources]
+        for a, b in blocks(0, layout.values, ROBUST_BLOCK):
+            stack = np.stack([s.values(a, b) * np.float32(f) for s, f in zip(sources, factors, strict=True)])
+            plain.write(RULES[rule](stack).astype("<f4").data)
+    try:
+        ones = np.ones(len(layout.slots), np.int64)
+        return apply_mean(mean, ones, opened, base, out, rate, len(paths))
+    finally:
+        mean.unlink(missing_ok=True)
+
+
+def _open(file: Any, path: Path, opened: RoundOpen) -> Source:
+    source = open_source(file, path.stat().st_size, opened)
+    if not isinstance(source, Source):
+        raise WireError("robust rules need clear updates")
+    return source
+
+
+def _clip_factor(source: Source, opened: RoundOpen) -> float:
+    norm = source.check()
+    return 1.0 if norm <= opened.clip else opened.clip / norm
+
+
+def score(path: Path, reference: Path, opened: RoundOpen) -> tuple[float, float]:
+    """FLTrust: the update's trust score and the factor that gives it the reference's norm.
+
+    Raises:
+        WireError: the update (or the reference) is not one of this round.
+    """
+    with path.open("rb") as file, reference.open("rb") as trusted:
+        update, anchor = _open(file, path, opened), _open(trusted, reference, opened)
+        norm, anchor_norm = update.check(), anchor.check()
+        dot = sum(_dot(update.values(a, b), anchor.values(a, b)) for a, b in blocks(0, update.layout.values))
+    value = trust_score(dot, norm, anchor_norm)
+    return value, min(anchor_norm, opened.clip) / norm if norm > 0 else 0.0
+
+
+def _dot(one: NDArray[Any], other: NDArray[Any]) -> float:
+    return float(np.dot(one.astype(np.float64), other.astype(np.float64)))
+
+
+def trusted(item: Staged, reference: Path, opened: RoundOpen) -> Staged | Refusal:
+    """An update with FLTrust's weight and factor, or a refusal where it points away from the reference."""
+    import dataclasses
+
+    try:
+        value, factor = score(item.path, reference, opened)
+    except (WireError, OSError) as error:
+        return Refusal(item.device, item.digest, str(error))
+    weight = math.floor(value * opened.max_weight)
+    if weight < 1:
+        return Refusal(item.device, item.digest, "points away from the trusted reference update")
+    return dataclasses.replace(item, weight=weight, factor=factor)
