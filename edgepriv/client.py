@@ -1,8 +1,9 @@
-"""A recipient's or service's authenticated conversation with a gateway, over MQTT: ask, list, fetch.
+"""The gateway client: a recipient's or the risk service's own sealed session with a gateway, over MQTT.
 
-It opens a sealed link of its own (`edgepriv.wire.session`), so the broker reads nothing and forges nothing. Calls block
-up to their time-out and raise; one client is one thread's. What it fetches is still sealed: opening is
-`edgepriv.cipher`'s, with the recipient's key.
+Rules: what the gateway says is a claim. Whoever opens a frame checks its epoch record against the owner's trust list
+and the frame against the record (`edgepriv.cipher`), so a lying gateway or broker can withhold frames but not forge or
+swap them. Requests are repeated until they are answered or the time is over; downloads go in chunks, within the
+broker's packet limit, and every answer is authenticated by the session.
 """
 
 from __future__ import annotations
@@ -11,29 +12,33 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from edgepriv.errors import EdgeprivError, RefusedError, TemporaryError, UnavailableError, WireError
-from edgepriv.primitives import random_bytes
+from edgepriv import primitives
+from edgepriv.errors import AuthenticationError, EdgeprivError, ReplayError, TemporaryError, WireError
+from edgepriv.mqtt import open_link
 from edgepriv.wire import envelope, messages, topics
 from edgepriv.wire.messages import Ack, Chunk, Fetch, Notice, Query, Reply
 from edgepriv.wire.session import open_session
 from edgepriv.wire.transfer import REF_BYTES, Download, chunk_bytes_for
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
+    from types import TracebackType
+
+    from typing_extensions import Self
 
     from edgepriv.keys import Identity
-    from edgepriv.mqtt import PahoLink
+    from edgepriv.mqtt import PahoLink, TlsFiles
     from edgepriv.wire.trust import TrustList
 
-CONNECT_S = 15.0
-ANSWER_S = 20.0
+PAGE = 100
 RESEND_S = 2.0
 MAX_FRAME_BYTES = 256 << 20
+_EMPTY: dict[str, Any] = {}
 
 
 @dataclass(frozen=True, slots=True)
-class FrameInfo:
-    """A stored frame: ``received`` in Unix seconds, ``size`` in bytes, ``epoch`` the digest of its record."""
+class StoredFrame:
+    """A sealed frame at the gateway. ``received``: Unix seconds; ``record``: SHA-256 of its epoch record."""
 
     id: int
     digest: bytes
@@ -41,155 +46,207 @@ class FrameInfo:
     counter: int
     size: int
     received: float
-    epoch: bytes
+    record: bytes
 
 
 class GatewayClient:
-    """One party's link to one gateway. Use as a context manager."""
+    """A session with one gateway; use it as a context manager.
+
+    Example:
+        >>> with GatewayClient(url, identity, trust, "gateway-main") as client:  # doctest: +SKIP
+        ...     for frame in client.frames(device="dev-cam1"):
+        ...         sealed, record = client.fetch(frame), client.epoch_record(frame.record)
+    """
 
     def __init__(
         self,
-        link: PahoLink,
+        url: str,
         identity: Identity,
         trust: TrustList,
         gateway: str,
         *,
         shard: int = 0,
-        clock: Callable[[], float] = time.time,
+        tls: TlsFiles | None = None,
+        timeout_s: float = 30.0,
+        link: PahoLink | None = None,
     ) -> None:
-        self._link, self._name = link, identity.name
-        now = clock()
-        self._record, self._session = open_session(identity, trust, gateway, seq=int(now), now=now)
-        self._up, self._epoch_topic = topics.up(self._name, shard, "msg"), topics.up(self._name, shard, "epoch")
-        self._records: dict[bytes, bytes] = {}
-        self.ignored = 0
-
-    def __enter__(self) -> GatewayClient:  # noqa: PYI034 - Self needs Python 3.11
-        self.connect()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._link.close()
-
-    # --- asking -------------------------------------------------------------------------------------------
-
-    def connect(self) -> None:
         """Connect and open the session.
 
-        Raises:
-            UnavailableError: no broker, or no gateway answers.
-            RefusedError: the gateway does not accept this party.
-        """
-        self._link.subscribe(topics.down(self._name))
-        self._link.wait(CONNECT_S)
-        ack = self._await(
-            lambda: self._link.send(self._epoch_topic, self._record.raw),
-            lambda m: m if isinstance(m, Ack) and m.digest == self._record.digest else None,
-            CONNECT_S,
-        )
-        if ack.outcome not in {"stored", "duplicate"}:
-            raise RefusedError(f"the gateway refused this session: {ack.reason}")
-
-    def query(self, what: str, **args: Any) -> Any:
-        """Ask the gateway (see ``gateway/answers.py`` for the questions); returns the reply's body.
+        Args:
+            url: ``mqtt://host:port`` or ``mqtts://host:port``.
+            identity: the recipient's or risk service's keys.
+            trust: the verified trust list.
+            gateway: full name of the gateway.
+            shard: topic shard that the gateway serves.
+            tls: PEM files for ``mqtts``.
+            timeout_s: patience for each request.
+            link: an open connection instead of a new one.
 
         Raises:
-            RefusedError: the gateway says no, with its reason.
-            UnavailableError: no answer in time.
+            UnavailableError: no broker; TemporaryError: the gateway does not answer; TrustError: not listed.
         """
-        question = Query(random_bytes(16), what, args)
-        reply: Reply = self._await(
-            lambda: self._send(question),
-            lambda m: m if isinstance(m, Reply) and m.id == question.id else None,
-            ANSWER_S,
+        self.name, self.timeout_s = identity.name, timeout_s
+        self._signed, self._session = open_session(
+            identity, trust, gateway, seq=time.time_ns() // 1000, now=time.time()
         )
-        if not reply.ok:
-            raise RefusedError(f"the gateway refused: {reply.body.get('error', 'no reason given')}")
-        return reply.body
+        self._epoch_topic, self._topic = topics.up(self.name, shard, "epoch"), topics.up(self.name, shard, "msg")
+        self.link = link or open_link(url, self.name, tls=tls)
+        self._records: dict[bytes, bytes] = {}
+        self._replies: dict[bytes, Reply] = {}
+        self._notices: dict[bytes, Notice] = {}
+        self._chunks: list[Chunk] = []
+        self._accepted = False
+        try:
+            self.link.subscribe(topics.down(self.name))
+            self.link.wait(timeout_s)
+            self._open()
+        except BaseException:
+            self.link.close()
+            raise
 
-    def frames(self, *, device: str | None = None, since: float = 0.0, after: int = 0) -> Iterator[FrameInfo]:
-        """All stored frames that are addressed to this recipient, oldest first."""
-        more = True
-        while more:
-            args: dict[str, Any] = {"after": after, "limit": 200, "since": since}
-            if device is not None:
-                args["device"] = device
-            body = self.query("frames", **args)
-            for row in body["frames"]:
-                info = FrameInfo(**row)
-                after = max(after, info.id)
-                yield info
-            more = bool(body["more"])
+    def __enter__(self) -> Self:
+        return self
 
-    def record(self, digest: bytes) -> bytes:
-        """The signed epoch record of a frame (to be verified by who opens the frame)."""
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Disconnect."""
+        self.link.close()
+
+    # --- what can be asked --------------------------------------------------------------------------------
+
+    def frames(self, *, device: str | None = None, since: float = 0.0, after: int = 0) -> Iterator[StoredFrame]:
+        """Frames that are addressed to this recipient, in the order of arrival.
+
+        Args:
+            device: only of this device (full name).
+            since: only those received at or after this time, Unix seconds.
+            after: only those with a larger ``id``: to go on where an earlier listing ended.
+        """
+        chosen = {"device": device} if device else _EMPTY
+        while True:
+            body = self.query("frames", after=after, since=since, limit=PAGE, **chosen)
+            page = [_frame(row) for row in body.get("frames", [])]
+            yield from page
+            if not page or not body.get("more"):
+                return
+            after = page[-1].id
+
+    def epoch_record(self, digest: bytes) -> bytes:
+        """The signed epoch record with this SHA-256 (WireError where the gateway sends another)."""
+        import hashlib
+
         if digest not in self._records:
-            self._records[digest] = bytes(self.query("epoch", digest=digest)["record"])
+            raw = self.query("epoch", digest=digest).get("record")
+            if not isinstance(raw, bytes) or hashlib.sha256(raw).digest() != digest:
+                raise WireError("the gateway sent another epoch record than it was asked for")
+            self._records[digest] = raw
         return self._records[digest]
 
-    def fetch_frame(self, info: FrameInfo) -> bytes:
-        """A sealed frame's bytes; their digest is checked, opening authenticates them."""
-        raw = self.fetch(info.digest[:REF_BYTES], info.size, max_bytes=MAX_FRAME_BYTES)
-        if envelope.parse(raw).digest() != info.digest:
-            raise WireError("the gateway sent another frame than the one that was asked for")
+    def fetch(self, frame: StoredFrame) -> bytes:
+        """A sealed frame's envelope; WireError where the gateway sends another one than it listed."""
+        raw = self.fetch_object(frame.digest[:REF_BYTES], frame.size)
+        if envelope.parse(raw).digest() != frame.digest:
+            raise WireError("the gateway sent another frame than it was asked for")
         return raw
 
-    def fetch(self, ref: bytes, size: int, *, max_bytes: int, timeout_s: float = 60.0) -> bytes:
-        """Pull an object by the first 16 bytes of its digest.
+    def fetch_object(self, ref: bytes, size: int, *, max_bytes: int = MAX_FRAME_BYTES) -> bytes:
+        """Any object that the gateway holds for this party; the caller checks what it got.
 
         Raises:
-            WireError: larger than ``max_bytes``.
-            RefusedError: withheld or unknown.
-            TemporaryError: not complete in time.
+            WireError: over ``max_bytes``, or the gateway refuses.
+            TemporaryError: it did not come in time.
         """
         if not 0 < size <= max_bytes:
             raise WireError(f"an object of {size} bytes is over the limit of {max_bytes}")
-        chunk = chunk_bytes_for(self._link.max_packet_bytes)
-        download, out = Download(size, chunk), bytearray(size)
-        deadline = time.monotonic() + timeout_s
+        chunk_bytes = chunk_bytes_for(self.link.max_packet_bytes)
+        download, data = Download(size, chunk_bytes), bytearray(size)
+        self._notices.pop(ref, None)
+        deadline = time.monotonic() + self.timeout_s
         while not download.complete:
-            now = time.monotonic()
-            if now > deadline:
-                raise TemporaryError("the object did not arrive in time", hint="try again; the gateway may be busy")
-            for first, count in download.wants(now):
-                self._send(Fetch(ref, first, count, chunk))
-            for message in self._receive(0.2):
-                if isinstance(message, Notice) and message.detail.get("ref") == ref:
-                    raise RefusedError(f"the gateway says: {message.text}")
-                if (
-                    isinstance(message, Chunk)
-                    and message.ref == ref
-                    and download.accept(message.index, len(message.data))
-                ):
-                    start = message.index * chunk
-                    out[start : start + len(message.data)] = message.data
-        return bytes(out)
+            if time.monotonic() > deadline:
+                raise TemporaryError("the gateway did not send the object in time", hint="try again")
+            for first, count in download.wants(time.monotonic()):
+                self._send(Fetch(ref, first, count, chunk_bytes))
+            if self._take_chunks(ref, download, data, chunk_bytes):
+                deadline = time.monotonic() + self.timeout_s
+            if notice := self._notices.pop(ref, None):
+                raise WireError(f"the gateway refuses: {notice.text}")
+        return bytes(data)
 
-    # --- the link -----------------------------------------------------------------------------------------
+    def _take_chunks(self, ref: bytes, download: Download, data: bytearray, chunk_bytes: int) -> bool:
+        self._receive()
+        taken, self._chunks = self._chunks, []
+        for chunk in taken:
+            if chunk.ref == ref and download.accept(chunk.index, len(chunk.data)):
+                data[chunk.index * chunk_bytes : chunk.index * chunk_bytes + len(chunk.data)] = chunk.data
+        return bool(taken)
 
-    def _send(self, message: Any) -> bool:
-        return self._link.send(self._up, self._session.seal(self._up, messages.encode(message)))
+    def query(self, what: str, **args: Any) -> dict[str, Any]:
+        """Ask anything that `gateway.answers` documents; returns the reply's body.
 
-    def _receive(self, timeout_s: float) -> list[Any]:
-        """Messages that are authentic; what is not is counted and ignored."""
-        out = []
-        for packet in self._link.wait_inbound(timeout_s):
+        Raises:
+            EdgeprivError: the gateway refused, with its reason.
+            TemporaryError: no answer in time.
+        """
+        question = Query(primitives.random_bytes(8), what, args)
+        deadline, sent = time.monotonic() + self.timeout_s, -RESEND_S
+        while question.id not in self._replies:
+            if time.monotonic() > deadline:
+                raise TemporaryError("the gateway did not answer", hint="is it running, and is its name right?")
+            if time.monotonic() - sent >= RESEND_S:
+                self._send(question)
+                sent = time.monotonic()
+            self._receive()
+        reply = self._replies.pop(question.id)
+        body = reply.body if isinstance(reply.body, dict) else {}
+        if not reply.ok:
+            raise EdgeprivError(f"the gateway refuses: {body.get('error', 'no reason given')}")
+        return body
+
+    # --- the session --------------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        deadline, sent = time.monotonic() + self.timeout_s, -RESEND_S
+        while not self._accepted:
+            if time.monotonic() > deadline:
+                raise TemporaryError(
+                    "the gateway did not accept the session", hint="is it running, and does its trust list name you?"
+                )
+            if time.monotonic() - sent >= RESEND_S:
+                self.link.send(self._epoch_topic, self._signed.raw)
+                sent = time.monotonic()
+            self._receive()
+
+    def _send(self, message: Any) -> None:
+        self.link.send(self._topic, self._session.seal(self._topic, messages.encode(message)))
+
+    def _receive(self) -> None:
+        for packet in self.link.wait_inbound(0.1):
             try:
-                out.append(messages.decode(self._session.open(packet.topic, packet.payload)))
-            except EdgeprivError:
-                self.ignored += 1  # forged, replayed or of an older session of this name
-        return out
+                body = messages.decode(self._session.open(packet.topic, packet.payload))
+            except (WireError, AuthenticationError, ReplayError):
+                continue  # the broker may deliver anything; only what the session authenticates counts
+            self._take(body)
 
-    def _await(self, send: Callable[[], Any], pick: Callable[[Any], Any], timeout_s: float) -> Any:
-        """Send, and again every two seconds, until a message is picked."""
-        deadline, sent_at = time.monotonic() + timeout_s, -1e9
-        while time.monotonic() < deadline:
-            if time.monotonic() - sent_at >= RESEND_S:
-                sent_at = time.monotonic()
-                send()
-            for message in self._receive(0.2):
-                if (found := pick(message)) is not None:
-                    return found
-        raise UnavailableError(
-            "the gateway does not answer", hint="is it running, and is this party in its trust list?"
-        )
+    def _take(self, body: Any) -> None:
+        if isinstance(body, Ack) and body.digest == self._signed.digest:
+            self._accepted = body.outcome in {"stored", "duplicate"}
+        elif isinstance(body, Reply):
+            self._replies[body.id] = body
+        elif isinstance(body, Chunk):
+            self._chunks.append(body)
+        elif isinstance(body, Notice) and isinstance(body.detail.get("ref"), bytes):
+            self._notices[body.detail["ref"]] = body
+
+
+def _frame(row: Any) -> StoredFrame:
+    kinds = {"id": int, "digest": bytes, "device": str, "counter": int, "size": int, "received": float, "epoch": bytes}
+    if not isinstance(row, dict) or any(type(row.get(name)) is not kind for name, kind in kinds.items()):
+        raise WireError("the gateway's list of frames is malformed")
+    return StoredFrame(
+        row["id"], row["digest"], row["device"], row["counter"], row["size"], row["received"], row["epoch"]
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgepriv.errors import ConfigError, DataError, RefusedError
@@ -21,7 +22,6 @@ from gateway.store import unpack
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from pathlib import Path
 
     from edgepriv.wire.messages import Offer, RoundMessage
     from gateway.conductor import Outgoing
@@ -96,6 +96,8 @@ class RoundDriver:
         self._progressed: dict[tuple[str, bytes], float] = {}
         self._next_auto = 0.0
         self.conductor = self._restore()
+        if not self.head() and settings.get("weights"):
+            self.set_weights(Path(str(settings["weights"])), str(settings.get("model", "model")))
 
     def _restore(self) -> Conductor:
         folder = self._store.folder / "rounds"
