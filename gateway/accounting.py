@@ -9,6 +9,7 @@ Aborted rounds count.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from edgepriv.errors import MissingDependencyError
@@ -16,7 +17,7 @@ from edgepriv.errors import MissingDependencyError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-ORDERS = [1 + x / 10 for x in range(1, 100)] + [float(x) for x in range(11, 64)] + [128.0, 256.0, 512.0, 1024.0]
+ORDERS = [1.1, 1.25, 1.5, 1.75, 2.0, 2.5, *(float(x) for x in range(3, 64)), 80.0, 96.0, 128.0, 192.0, 256.0, 512.0]
 
 
 def spent_epsilon(rounds: Iterable[Mapping[str, Any]], delta: float) -> float:
@@ -43,8 +44,8 @@ def spent_epsilon(rounds: Iterable[Mapping[str, Any]], delta: float) -> float:
     replace = any(r["noise"] == "central" and r["participation"] == "fixed" for r in noisy)
     relation = dp_accounting.NeighboringRelation.REPLACE_ONE if replace else None
     accountant = rdp.RdpAccountant(ORDERS, **({"neighboring_relation": relation} if relation else {}))
-    for item in noisy:
-        accountant.compose(_event(dp_accounting, item, replace=replace))
+    for event, count in Counter(_event(dp_accounting, item, replace=replace) for item in noisy).items():
+        accountant.compose(event, count)
     return float(accountant.get_epsilon(delta))
 
 

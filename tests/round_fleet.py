@@ -59,7 +59,7 @@ class Fleet:
         self.transcript = []
         self.hold = set()  # devices whose upload never completes
         self.inbox = []
-        self.tamper = {}
+        self.tamper, self.sent = {}, {}
 
     def plan(self, weights, **kwargs) -> RoundPlan:
         raw = encode_update(weights, {"model": "m"})
@@ -139,6 +139,7 @@ class Fleet:
                 case Upload():
                     change = self.tamper.get(device, lambda payload: payload)
                     self.uploads[device] = dataclasses.replace(action, payload=change(action.payload))
+                    self.sent[device] = self.uploads[device]
                 case EndRound(_number):
                     self.uploads.pop(device, None) if device not in self.hold else None
 
