@@ -1,14 +1,14 @@
 """The main job on one machine: broker, gateway, risk service and devices as processes, then the report.
 
 Each stage below is a function of its own, in the order in which they run. What is reported is read from the product's
-own commands and stores: frames are fetched and opened through the recipient's client, outputs and rounds come from
-the gateway, the leakage from the audit. Nothing is counted by the demo itself but the frames it opened.
+own commands and stores: frames are fetched and opened through the recipient's command, outputs and rounds come from
+the gateway, the leakage from the audit. The demo itself counts only the frames that came back identical.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import shutil
 import subprocess
 import time
 from dataclasses import dataclass, field
@@ -16,26 +16,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgepriv import datasets
+from edgepriv.cipher import container
+from edgepriv.datasets import read_image
 from edgepriv.demo import processes, site
+from edgepriv.demo.prepare import prepare
 from edgepriv.device.capture import open_source
-from edgepriv.errors import ConfigError, EdgeprivError, TemporaryError, UnavailableError
+from edgepriv.errors import TemporaryError
 from edgepriv.federated import head
-from edgepriv.federated.local_recipe import LocalRecipe
-from edgepriv.keys import load_identity
-from edgepriv.trust_file import TrustFile
-from edgepriv.wire.update import decode_update, encode_update
+from edgepriv.wire.update import decode_update
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from edgepriv.demo.train import Thirds
+    from edgepriv.demo.prepare import Prepared
 
-SCHEMA = "edgepriv.demo/1"
-MAX_ROWS = 4500
 POLL_S = 0.3
-HEAD_RECIPE = LocalRecipe(learning_rate=0.05, batch_size=32, epochs=60, momentum=0.9)
+SAMPLES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,39 +49,44 @@ class DemoOptions:
 
 
 @dataclass(slots=True)
-class Prepared:
-    """Data and model before anything runs."""
-
-    data: datasets.Dataset
-    spec: str
-    gray: bool
-    thirds: Thirds
-    parts: list[list[int]]
-    model: Path
-    probe: Path
-    weights: Path
-    held_features: np.ndarray[Any, Any]
-    held_labels: np.ndarray[Any, Any]
-    accuracy_before: float
-
-
-@dataclass(slots=True)
 class Outcome:
     """What the run showed; the report is made from this."""
 
     options: DemoOptions
+    class_names: tuple[str, ...] = ()
     broker: str = ""
     captured: int = 0
     stored: int = 0
     opened_identical: int = 0
     samples: list[dict[str, Any]] = field(default_factory=list)
-    outputs: dict[str, Any] = field(default_factory=dict)
+    outputs: list[dict[str, Any]] = field(default_factory=list)
     accuracies: list[float] = field(default_factory=list)
     rounds: list[dict[str, Any]] = field(default_factory=list)
     models: list[dict[str, Any]] = field(default_factory=list)
     audits: list[dict[str, Any]] = field(default_factory=list)
-    updates: dict[str, Any] = field(default_factory=dict)
+    updates: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What every step of the running site needs."""
+
+    children: processes.Children
+    place: site.Site
+    prepared: Prepared
+    options: DemoOptions
+    progress: Callable[[str], None]
+
+    def gateway(self, *arguments: str) -> dict[str, Any]:
+        """Run a gateway command with ``--json`` and return its document."""
+        config = str(self.place.config(site.GATEWAY))
+        return run_json(processes.python_command("gateway", *arguments, "--config", config, "--json"))
 
 
 def run_demo(options: DemoOptions, progress: Callable[[str], None]) -> Outcome:
@@ -95,90 +97,173 @@ def run_demo(options: DemoOptions, progress: Callable[[str], None]) -> Outcome:
     """
     started = time.monotonic()
     outcome = Outcome(options)
-    options.out.mkdir(parents=True, exist_ok=True)
-    folder = options.out / "site"
-    if folder.exists():
-        import shutil
-
-        shutil.rmtree(folder)
-    folder.mkdir(mode=0o700)
-    prepared = prepare(options, folder, progress)
+    folder, logs = options.out / "site", options.out / "logs"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, mode=0o700)
+    logs.mkdir(exist_ok=True)
+    prepared = prepare(options.data, options.devices, options.seed, folder, progress)
+    outcome.class_names = prepared.data.class_names
     outcome.accuracies.append(prepared.accuracy_before)
     place = site.make_site(folder, options.devices)
-    logs = options.out / "logs"
-    logs.mkdir(exist_ok=True)
     with processes.Children(logs) as children:
-        url, outcome.broker = processes.start_broker(children, options.broker)
-        progress(f"broker: {outcome.broker}")
-        start_services(children, place, prepared, url, options)
-        progress(f"{options.devices} devices capture {options.frames} frames each")
-        collect_frames(children, place, options, outcome, progress)
-        fetch_frames(place, prepared, options, outcome, progress)
-        collect_outputs(place, outcome)
-        run_rounds(children, place, prepared, options, outcome, progress)
-        progress("stopping")
-    audit_models(prepared, options, outcome, progress)
+        stage = Stage(children, place, prepared, options, progress)
+        start_site(stage, outcome)
+        collect_frames(stage, outcome)
+        open_frames(stage, outcome)
+        outcome.outputs = stage.gateway("outputs", "--by", "device,model,class")["rows"]
+        run_rounds(stage, outcome)
+        progress("stopping all processes")
     outcome.seconds = time.monotonic() - started
     return outcome
 
 
-# --- before ------------------------------------------------------------------------------------------------
+def run_json(command: list[str]) -> dict[str, Any]:
+    """Run a command of the product and parse the last line that it prints."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    if done.returncode not in {0, 3}:
+        raise TemporaryError(f"{' '.join(command[2:5])} ended with code {done.returncode}: {done.stderr[-600:]}")
+    document: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return document
 
 
-def prepare(options: DemoOptions, folder: Path, progress: Callable[[str], None]) -> Prepared:
-    """Split the data in three, train the backbone and its first head, write the model and the probe data."""
-    from edgepriv.demo import train
-
-    spec = options.data if options.data == "digits" else str(_absolute(options.data))
-    data = datasets.load(spec, split="all")
-    gray = data.images.shape[-1] == 1
-    thirds = train.split_thirds(data, options.seed, min(MAX_ROWS, len(data)))
-    parts = train.non_iid(thirds.devices, data.labels, options.devices, options.seed)
-    short = min(len(part) for part in parts)
-    if short < 1:
-        raise ConfigError(f"{options.data}: too few pictures for {options.devices} devices")
-    progress(f"data: {data.name}, {len(data)} pictures; training the backbone on {len(thirds.backbone)}")
-
-    def inputs(rows: Any, seed: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-        return train.scene_inputs(spec, [int(r) for r in rows], folder=folder, seed=seed, gray=gray)
-
-    seen, labels = inputs(thirds.backbone, options.seed + 1), data.labels[thirds.backbone]
-    classes = len(data.class_names)
-    model = train.train_backbone(seen, labels, classes=classes, seed=options.seed, progress=progress)
-    path = train.export(model, folder / "model", model_id="backbone", gray=gray, names=data.class_names)
-    probe = folder / "probe" / "release.npz"
-    probe.parent.mkdir()
-    pictures = np.round(seen * 255).astype(np.uint8).transpose(0, 2, 3, 1)
-    np.savez(probe, images=pictures, labels=labels)
-    held = inputs(thirds.held_out, options.seed + 2)
-    features = {"backbone": _features(path, seen), "held": _features(path, held)}
-    known = labels < classes - train.HIDDEN_CLASSES
-    zero = head.new_head(classes, features["backbone"].shape[1])
-    delta = head.train_head(zero, features["backbone"][known], labels[known], HEAD_RECIPE, seed=options.seed)
-    first = {name: zero[name] + delta[name] for name in zero}
-    weights = folder / "weights.epu"
-    weights.write_bytes(encode_update(first))
-    held_labels = data.labels[thirds.held_out]
-    before = head.accuracy(first, features["held"], held_labels)
-    return Prepared(data, spec, gray, thirds, parts, path, probe, weights, features["held"], held_labels, before)
+# --- the stages, in order ----------------------------------------------------------------------------------
 
 
-def _absolute(data: str) -> Path:
-    from pathlib import Path
+def start_site(stage: Stage, outcome: Outcome) -> None:
+    """Broker, gateway, risk service, devices: each the product's own command."""
+    options, place, prepared, children = stage.options, stage.place, stage.prepared, stage.children
+    url, outcome.broker = processes.start_broker(children, options.broker)
+    stage.progress(f"broker: {outcome.broker}; starting the gateway, the risk service and {options.devices} devices")
+    config = site.write_gateway(
+        place, url, port=processes.free_port(), weights=str(prepared.weights), devices=options.devices
+    )
+    children.start("gateway", processes.python_command("gateway", "run", "--config", str(config)))
+    for i, name in enumerate(place.devices):
+        device = site.write_device(
+            place,
+            name,
+            url,
+            model=prepared.model,
+            data=prepared.spec,
+            rows=prepared.parts[i],
+            seed=device_seed(options, i),
+            frames=options.frames,
+        )
+        children.start(name, processes.python_command("edgepriv", "device", "run", "--config", str(device)))
 
-    return Path(data).resolve()
+
+def device_seed(options: DemoOptions, index: int) -> int:
+    """Seed of a device's scenes; the comparison renders them again from it."""
+    return options.seed * 1000 + 100 + index
 
 
-def _features(model: Path, inputs: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Features of prepared inputs by the exported file, as the devices run it."""
-    import torch
+def collect_frames(stage: Stage, outcome: Outcome) -> None:
+    """Wait until every frame that the devices captured is durable at the gateway."""
+    outcome.captured = sum(min(stage.options.frames, len(part)) for part in stage.prepared.parts)
+    deadline = time.monotonic() + 60 + outcome.captured
+    shown = -1
+    while time.monotonic() < deadline:
+        stage.children.check()
+        try:
+            outcome.stored = int(stage.gateway("status")["store"]["frames"])
+        except TemporaryError:
+            outcome.stored = 0  # the gateway has not written its first status yet
+        if outcome.stored != shown:
+            shown = outcome.stored
+            stage.progress(f"frames stored at the gateway: {shown} of {outcome.captured}")
+        if outcome.stored >= outcome.captured:
+            return
+        time.sleep(POLL_S)
+    raise TemporaryError(
+        f"only {outcome.stored} of {outcome.captured} frames arrived", hint=f"see {stage.children.folder}"
+    )
 
-    from edgepriv.risk.reconstruction import onnx_reader  # noqa: F401 - the server extra is there where this runs
 
-    del torch
-    import onnxruntime as ort
+def open_frames(stage: Stage, outcome: Outcome) -> None:
+    """Fetch every frame as the recipient, open it, and compare it with what the camera saw."""
+    stage.progress("the recipient fetches and opens the frames")
+    place = stage.place
+    out = stage.options.out / "opened"
+    shutil.rmtree(out, ignore_errors=True)
+    listed = fetch_as_recipient(place, out, "--all", "--open")
+    opened: dict[tuple[str, int], Path] = {(row["device"], row["counter"]): out / row["file"] for row in listed}
+    for index, name in enumerate(place.devices):
+        for counter, pixels in enumerate(seen_by(stage, index)):
+            path = opened.get((name, counter))
+            if path is None:
+                continue
+            picture = read_image(path)
+            outcome.opened_identical += bool(np.array_equal(picture, pixels))
+            if index < SAMPLES and counter == 0:
+                sealed = sealed_bytes(place, listed, name, counter, stage.options.out / "sealed")
+                outcome.samples.append({"device": name, "plain": pixels, "opened": picture, "sealed": sealed})
 
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = ort.InferenceSession(model.read_bytes(), options, providers=["CPUExecutionProvider"])
-    return np.asarray(session.run(["features"], {"image": inputs})[0])
+
+def fetch_as_recipient(place: site.Site, out: Path, *arguments: str) -> list[dict[str, Any]]:
+    """Run ``edgepriv frames fetch`` with the recipient's key; returns its rows."""
+    command = ["edgepriv", "frames", "fetch", *arguments, "--out", str(out), "--json"]
+    command += ["--key", str(place.key(site.RECIPIENT)), "--owner", str(place.owner), "--trust", str(place.trust)]
+    command += ["--broker", broker_url(place), "--gateway", site.GATEWAY]
+    rows: list[dict[str, Any]] = run_json(processes.python_command(*command))["frames"]
+    return rows
+
+
+def sealed_bytes(place: site.Site, listed: list[dict[str, Any]], device: str, counter: int, out: Path) -> bytes:
+    """The envelope of one frame, as the gateway keeps it."""
+    row = next(r for r in listed if (r["device"], r["counter"]) == (device, counter))
+    (fetched,) = fetch_as_recipient(place, out, row["digest"])
+    return bytes(container.unpack((out / fetched["file"]).read_bytes())[1])
+
+
+def broker_url(place: site.Site) -> str:
+    """The broker's URL, from a configuration file as an operator would read it."""
+    from edgepriv.settings import read_toml
+
+    return str(read_toml(place.config(site.GATEWAY))["broker"]["url"])
+
+
+def seen_by(stage: Stage, index: int) -> list[np.ndarray[Any, Any]]:
+    """What a device's camera saw, rendered again from its seed."""
+    options: dict[str, Any] = {"data": stage.prepared.spec, "rows": stage.prepared.parts[index]}
+    options["seed"] = device_seed(stage.options, index)
+    source = open_source("simulated", options, folder=stage.place.folder, clock=time.time)
+    frames: list[np.ndarray[Any, Any]] = []
+    while (frame := source.read()) is not None and len(frames) < stage.options.frames:
+        frames.append(frame.pixels)
+    return frames
+
+
+def run_rounds(stage: Stage, outcome: Outcome) -> None:
+    """Run the federated rounds one after the other and measure each new global head on held-out pictures."""
+    if stage.options.rounds:
+        stage.gateway("rounds", "weights", str(stage.prepared.weights), "--model", "backbone")
+    for number in range(1, stage.options.rounds + 1):
+        started = stage.gateway("rounds", "start")["round"]
+        record = wait_for_round(stage, started)
+        outcome.rounds.append(record)
+        if record["outcome"] != "done":
+            raise TemporaryError(f"round {started} was aborted: {record['reason']}")
+        outcome.accuracies.append(held_out_accuracy(stage, record["after"]))
+        stage.progress(
+            f"round {number} of {stage.options.rounds}: {len(record['participants'])} devices, "
+            f"accuracy on held-out pictures {outcome.accuracies[-1]:.3f}"
+        )
+
+
+def wait_for_round(stage: Stage, number: int) -> dict[str, Any]:
+    """A round's record, once it has ended."""
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        stage.children.check()
+        record = stage.gateway("rounds", "show", str(number))
+        if record.get("outcome"):
+            return record
+        time.sleep(POLL_S)
+    raise TemporaryError(f"round {number} did not end", hint=f"see {stage.children.folder}/gateway.log")
+
+
+def held_out_accuracy(stage: Stage, digest: str) -> float:
+    """Accuracy of a global head, read from the gateway's store, on the held-out third."""
+    raw = (stage.place.folder / "gateway" / "rounds" / "models" / digest).read_bytes()
+    tensors = decode_update(raw, max_bytes=64 << 20).tensors
+    return head.accuracy(tensors, stage.prepared.held_features, stage.prepared.held_labels)
