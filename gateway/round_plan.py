@@ -91,7 +91,7 @@ def announcement(plan: RoundPlan, devices: int, now: float) -> RoundOpen:
         fraction_bits=plan.fraction_bits,
         bound=plan.clip,
         max_weight=plan.max_weight,
-        devices=max(devices * 2, 1),  # late updates stand beside the devices' own
+        devices=max(devices * (1 + plan.max_staleness if plan.late == "next" else 1), 1),
         slack=slack,
     )
     return RoundOpen(

@@ -121,7 +121,9 @@ class Fleet:
             return
         if isinstance(message, Ack):
             self.acks.append((device, message))
-            self.uploads.pop(device, None)
+            waiting = self.uploads.get(device)
+            if waiting and hashlib.sha256(waiting.payload).digest() == message.digest:
+                del self.uploads[device]
             return
         self._act(device, participant.receive(message, self.now))
 
