@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from edgepriv.errors import AuthenticationError, ReplayError, TrustError, WireError
 from edgepriv.wire.epoch import SignedEpoch, read_epoch, unwrap_link
 from edgepriv.wire.link import LinkSession
-from gateway.store import CONFLICT, EpochRow
+from gateway.store import CONFLICT, DUPLICATE, EpochRow
 
 if TYPE_CHECKING:
     from edgepriv.keys import Identity
@@ -81,7 +81,7 @@ class Sessions:
             raise WireError("the epoch is older than what this gateway keeps")
         session = self._remember(Session(row, signed, link))
         newest = self._current.get(party) or self._newest(party)
-        if newest is None or row.seq > newest.row.seq or row.created > newest.row.created:
+        if newest is None or _is_newer(row, newest.row, first_time=outcome != DUPLICATE):
             self._current[party] = session
         return session, outcome
 
@@ -108,7 +108,7 @@ class Sessions:
 
     def _newest(self, party: str) -> Session | None:
         rows = self._store.database.query(
-            "SELECT epoch_id FROM epochs WHERE party = ? AND closed = 0 ORDER BY seq DESC, created DESC LIMIT 1",
+            "SELECT epoch_id FROM epochs WHERE party = ? AND closed = 0 ORDER BY seq DESC, created DESC, id DESC LIMIT 1",
             (party,),
         )
         try:
@@ -143,3 +143,10 @@ class Sessions:
             if self._current.get(old.party) is old:
                 del self._current[old.party]
         return session
+
+
+def _is_newer(row: EpochRow, than: EpochRow, *, first_time: bool) -> bool:
+    """By sequence or clock; of two sessions of the same second the one that arrived later."""
+    if row.seq > than.seq or row.created > than.created:
+        return True
+    return first_time and (row.seq, row.created) == (than.seq, than.created)

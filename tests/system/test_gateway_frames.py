@@ -27,7 +27,7 @@ def site(tmp_path):
 def frames(site, *args, who="op-alice", check=True):
     folder = site.folder
     command = [
-        sys.executable, "-m", "edgepriv", "frames", *args, "--json", "--gateway", "gateway-main", "--timeout", "10",
+        sys.executable, "-m", "edgepriv", "frames", *args, "--json", "--gateway", "gateway-main",
         "--key", str(folder / f"{who}.key"), "--owner", str(folder / "owner.key.pub"),
         "--trust", str(folder / "trust.cbor"), "--broker", f"mqtt://127.0.0.1:{site.port}",
     ]  # fmt: skip
