@@ -95,6 +95,9 @@ class Conductor:
         self._paths: dict[bytes, Path] = {}
         self._unmaskers: dict[int, Any] = {}
         self._ended: list[int] = []
+        self._dirty: set[int] = set()
+        self._saved: dict[int, bytes] = {}
+        self.deferred = False  # True: the caller calls `flush` before it commits, one save for many events
         self.noise_seed = b""  # simulations only: empty takes the operating system's randomness
         self.models.mkdir(parents=True, exist_ok=True)
 
@@ -160,6 +163,7 @@ class Conductor:
             number = folder.name.removeprefix("round-")
             if number.isdigit() and int(number) not in self.rounds:
                 shutil.rmtree(folder, ignore_errors=True)
+        self.flush()
         return out
 
     def on_message(self, device: str, outer: RoundMessage, now: float) -> list[Outgoing]:
@@ -211,7 +215,9 @@ class Conductor:
     def cancel(self, round_number: int, reason: str, now: float) -> list[Outgoing]:
         """Stop a round."""
         current = self.rounds.get(round_number)
-        return self._event(current, round_events.Cancelled(reason), now) if current else []
+        out = self._event(current, round_events.Cancelled(reason), now) if current else []
+        self.flush()
+        return out
 
     def tick(self, now: float) -> list[Outgoing]:
         """Let time pass and do the heavy work that is due. Call it at least once a second."""
@@ -222,6 +228,7 @@ class Conductor:
             out += self._fold_pending(current, now)
             if current.state not in ENDED:
                 out += self._event(current, round_events.Tick(), now)
+        self.flush()
         return out
 
     # --- inside -------------------------------------------------------------------------------------------
@@ -266,12 +273,23 @@ class Conductor:
             self.trust.party(device, "device").verify(wire_rounds.SURVIVORS_USE, digest, body.signature)
 
     def _event(self, current: Round, event: Event, now: float) -> list[Outgoing]:
-        before = current.to_bytes()
         actions = current.handle(event, now)
-        after = current.to_bytes()
-        if after != before:
-            self.store.save(current.plan.round, after)
+        self._dirty.add(current.plan.round)
+        if not self.deferred:
+            self.flush()
         return self._carry_out(current, actions, now)
+
+    def flush(self) -> None:
+        """Save the rounds that changed. With ``deferred`` the caller does this before its transaction ends."""
+        for number in sorted(self._dirty):
+            current = self.rounds.get(number)
+            if current is None or current.record:
+                continue
+            raw = current.to_bytes()
+            if raw != self._saved.get(number):
+                self.store.save(number, raw)
+                self._saved[number] = raw
+        self._dirty.clear()
 
     def _note_folded(self, current: Round, device: str, digest: bytes, now: float) -> list[Action]:
         return [] if current.record else current.handle(round_events.Folded(device, digest), now)
@@ -345,7 +363,7 @@ class Conductor:
         except EdgeprivError:
             return self._event(current, round_events.UnmaskFailed(), now)
         actions = current.masks_removed(now)
-        self.store.save(current.plan.round, current.to_bytes())
+        self._dirty.add(current.plan.round)
         return self._carry_out(current, actions, now)
 
     def _finish(self, current: Round) -> round_events.Finished:
@@ -380,5 +398,6 @@ class Conductor:
             self.records.append(record)
         self._pending.pop(record.round, None)
         self._ended.append(record.round)
+        self._saved.pop(record.round, None)
         for number in sorted(n for n, r in self.rounds.items() if r.state in ENDED)[:-2]:
             del self.rounds[number]  # the last two are kept to answer latecomers

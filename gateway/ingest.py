@@ -62,6 +62,10 @@ class RoundsPort(Protocol):
         """A device sent a step of a round."""
         ...
 
+    def flush(self) -> None:
+        """The batch is about to be committed: save the rounds that it changed."""
+        ...
+
 
 class Answers(Protocol):
     """What ingest asks for queries and fetches."""
@@ -116,6 +120,8 @@ class Ingest:
             with self._store.batch():
                 handled = [self._one(packet, now) for packet in packets]
                 self._windows.flush()
+                if self.rounds:
+                    self.rounds.flush()
         except BaseException:
             self._windows.discard()
             self._replies = []

@@ -103,6 +103,7 @@ class RoundDriver:
         folder = self._store.folder / "rounds"
         folder.mkdir(parents=True, exist_ok=True)
         conductor = Conductor(folder, self.table, self._roster.trust)
+        conductor.deferred = True
         rows = self._store.database.query("SELECT digest, path FROM uploads")
         staged = {bytes(digest): self._store.blobs / path for digest, path in rows}
         with self._store.batch():
@@ -149,6 +150,10 @@ class RoundDriver:
     def stepped(self, party: str, message: RoundMessage, now: float) -> None:
         """See RoundsPort."""
         self._carry_out(self.conductor.on_message(party, message, now))
+
+    def flush(self) -> None:
+        """See RoundsPort."""
+        self.conductor.flush()
 
     def tick(self, now: float) -> None:
         """Let time pass; opens the next round where ``auto`` is set. Runs in a transaction of its own."""
