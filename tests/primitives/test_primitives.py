@@ -50,7 +50,8 @@ def test_chacha20_poly1305_rfc8439_vector(backend):
     data = (
         b"Ladies and Gentlemen of the class of '99: If I could offer you only one tip for the future, "
         b"sunscreen would be it."
-    )key = bytes(range(0x80, 0xA0))
+    )
+    key = bytes(range(0x80, 0xA0))
     sealed = seal(backend, p.CHACHA, key, h("070000004041424344454647"), data, h("50515253c0c1c2c3c4c5c6c7"))
     assert sealed[:16] == h("d31a8d34648e60db7b86afbc53ef7ec2")
     assert sealed[-16:] == h("1ae10b594f09e26a7e902ecbd0600691")
