@@ -385,12 +385,17 @@ def _optimiser(
     if attack.optimiser == "lbfgs":
         return torch.optim.LBFGS(leaves, lr=attack.learning_rate, max_iter=4, history_size=30), None
     optimiser = torch.optim.Adam(leaves, lr=attack.learning_rate)
-    warm_up = max(1, min(50, attack.iterations // 10))
+    return optimiser, cosine_schedule(optimiser, attack.iterations)
+
+
+def cosine_schedule(optimiser: torch.optim.Optimizer, iterations: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """Warm up over a tenth of the iterations (at most 50), then fall to zero along a cosine."""
+    warm_up = max(1, min(50, iterations // 10))
 
     def factor(step: int) -> float:
         if step < warm_up:
             return (step + 1) / warm_up
-        done = (step - warm_up) / max(1, attack.iterations - warm_up)
+        done = (step - warm_up) / max(1, iterations - warm_up)
         return float(0.5 * (1 + np.cos(np.pi * done)))
 
-    return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+    return torch.optim.lr_scheduler.LambdaLR(optimiser, factor)

@@ -1,0 +1,303 @@
+"""``edgepriv audit update`` and ``edgepriv audit privacy-tradeoff``: what federated updates give away."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgepriv.cli.recipe_options import read_update_file, recipe_from, recipe_options
+from edgepriv.errors import ConfigError, DataError, RiskThresholdError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from edgepriv.federated.local_recipe import LocalRecipe
+    from edgepriv.risk.gradient_leakage.audit import Canaries, UpdateAudit
+
+PRESET_NAMES = (
+    "bn-aware",
+    "gradient-only",
+    "statistics-only",
+    "fixed-bn",
+    "inverting-gradients",
+    "dlg",
+    "idlg",
+)
+
+
+@click.command()
+@click.option("--model", "architecture", required=True, help="Architecture, or module:function.")
+@click.option("--weights", required=True, type=click.Path(path_type=Path), help="Global weights before the round.")
+@click.option("--update", "update_path", required=True, type=click.Path(path_type=Path), help="Update file.")
+@click.option("--data", default=None, help="The canary images whose update it is, in the order of training.")
+@click.option("--public", default=None, help="Public images of the same kind: prior, pool; without --data bound only.")
+@click.option("--images", "n_images", type=click.IntRange(1), default=None, help="Only the first so many of --data.")
+@click.option("--attack", "preset", default="bn-aware", show_default=True, type=click.Choice(PRESET_NAMES))
+@click.option("--labels", default=None, type=click.Choice(["known", "inferred", "joint"]))
+@click.option("--iterations", type=click.IntRange(1), default=None, help="Of each restart.")
+@click.option("--restarts", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--noise-sigma", type=float, default=None, help="Noise in the update, for the bound.")
+@click.option("--clip", type=float, default=None, help="L2 norm the update was clipped to.")
+@click.option("--clients", type=click.IntRange(1), default=1, show_default=True, help="The update is their mean.")
+@click.option("--subspace", type=click.IntRange(0), default=0, help="Bound over so many low frequencies only.")
+@click.option("--no-bound", is_flag=True, help="Leave the bound out.")
+@click.option("--fail-on", default="never", show_default=True, type=click.Choice(["never", "leaks", "at-risk"]))
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="torch device.")
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(1, 64))
+@recipe_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option("--html", is_flag=False, flag_value="audit-update.html", default=None, help="Write a page with pictures.")
+def update(
+    architecture: str, weights: Path, update_path: Path, *, as_json: bool, html: str | None, **options: Any
+) -> None:
+    """Measure what one federated update gives away.
+
+    With --data the update is attacked and scored against those canaries. With --public alone nothing is inverted:
+    the bound is computed on public images with the same recipe. Exit code 3 where --fail-on is reached.
+    """
+    import torch
+
+    torch.set_num_threads(options["threads"])
+    sent = read_update_file(update_path)
+    recipe = recipe_from(options, sent.meta)
+    canaries = _canaries(options, sent.meta)
+    model = _model(architecture, weights, canaries, options)
+    if options["data"] is None:
+        record, audit = _bound_only(model, sent.tensors, recipe, canaries, options), None
+    else:
+        audit = _audit(model, sent.tensors, recipe, canaries, options)
+        record = {**audit.record(), "attack_settings": asdict(_attack(options))}
+    record["recipe"] = asdict(recipe)
+    if html:
+        _write_html(Path(html), audit, canaries, record)
+    click.echo(json.dumps(record, indent=2) if as_json else _as_text(record))
+    failing = {"never": (), "leaks": ("leaks",), "at-risk": ("leaks", "at risk")}[options["fail_on"]]
+    if record["verdict"] in failing:
+        raise RiskThresholdError(f"{update_path}: {record['verdict']}", hint="edgepriv audit privacy-tradeoff")
+
+
+def _audit(
+    model: Any, tensors: dict[str, Any], recipe: LocalRecipe, canaries: Canaries, options: dict[str, Any]
+) -> UpdateAudit:
+    from edgepriv.risk.gradient_leakage.audit import ROUNDING_SIGMA, judge_update
+
+    sigma = None if options["no_bound"] else max(options["noise_sigma"] or 0.0, ROUNDING_SIGMA)
+    return judge_update(
+        model,
+        tensors,
+        recipe,
+        canaries,
+        attack=_attack(options),
+        sigmas=sigma,
+        clip=options["clip"],
+        clients=options["clients"],
+        subspace=options["subspace"],
+        device=options["device"],
+        progress=_progress(),
+    )
+
+
+def _bound_only(
+    model: Any, tensors: dict[str, Any], recipe: LocalRecipe, canaries: Canaries, options: dict[str, Any]
+) -> dict[str, Any]:
+    from edgepriv.risk.gradient_leakage.audit import ROUNDING_SIGMA, Limits, judge
+    from edgepriv.risk.gradient_leakage.bound import bound, jacobian
+    from edgepriv.risk.gradient_leakage.inversion import check_update
+
+    check_update(model.state_dict(), tensors)
+    jac = jacobian(
+        model, canaries.images, canaries.labels, recipe, canaries.public,
+        subspace=options["subspace"], clients=options["clients"], device=options["device"],
+    )  # fmt: skip
+    shares = any(name.endswith(".running_mean") for name in tensors)
+    sigma = max(options["noise_sigma"] or 0.0, ROUNDING_SIGMA)
+    ceiling = bound(jac, sigma, shares_statistics=shares, clip=options["clip"])
+    verdict, reason = judge(None, ceiling, Limits())
+    record = ceiling.record()
+    return {
+        "schema": "edgepriv.audit-update/1",
+        "attack": None,
+        "bound_psnr_db": record["psnr_db"],
+        "bound_floor_db": record["floor_db"],
+        "bound": record,
+        "verdict": verdict,
+        "reason": reason.replace("this attack fails, but the", "no attack was run; the").replace(
+            "this attack fails and", "no attack was run;"
+        ),
+        "about": "public images trained with the same recipe; nothing is said about the images behind this update",
+        "caveat": ceiling.caveat,
+    }
+
+
+def _canaries(options: dict[str, Any], meta: dict[str, Any]) -> Canaries:
+    from edgepriv.risk.gradient_leakage.audit import Canaries, make_canaries
+
+    if options["data"] is None and options["public"] is None:
+        raise ConfigError("nothing to audit against", hint="--data with the canaries, or --public for the bound only")
+    public, public_labels = _pictures(options["public"] or options["data"])
+    if options["data"] is not None:
+        images, labels = _pictures(options["data"], limit=options["n_images"])
+        return make_canaries(images, labels, public, public_labels, seed=options["seed"])
+    stated = meta.get("images")
+    n = options["n_images"] or (stated if isinstance(stated, int) and stated > 0 else 1)
+    return Canaries(
+        public[:n],
+        public_labels[:n],
+        public[n:],
+        public_labels[n:],
+        features=lambda images: images.reshape(len(images), -1).astype("float64"),
+    )
+
+
+def _pictures(spec: str, limit: int | None = None) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Load float images [n, c, h, w] in 0..1; an .npz keeps the order of its rows."""
+    import numpy as np
+
+    from edgepriv import datasets
+
+    parts = [datasets.load(spec, split="train")]
+    with contextlib.suppress(DataError):  # fewer than five images have no test part
+        parts.append(datasets.load(spec, split="test"))
+    images = np.concatenate([part.images for part in parts])
+    labels = np.concatenate([part.labels for part in parts])
+    order = np.arange(len(images))
+    if spec.endswith(".npz"):
+        # every fifth row was set apart as test: undo it, because the order of training matters to the attack
+        order = np.argsort(np.concatenate([order[order % 5 != 4], order[order % 5 == 4]]))
+    chosen = order[:limit]
+    x = np.ascontiguousarray(images[chosen].transpose(0, 3, 1, 2), np.float32) / np.float32(255)
+    return x, labels[chosen]
+
+
+def _model(architecture: str, weights: Path, canaries: Canaries, options: dict[str, Any]) -> Any:
+    from edgepriv.risk import models
+
+    classes = _classes_in(weights) or int(max(canaries.public_labels.max(), canaries.labels.max())) + 1
+    model = models.build(architecture, classes, canaries.images.shape[1], canaries.images.shape[2])
+    return models.load_weights(model, weights).to(options["device"])
+
+
+def _classes_in(weights: Path) -> int | None:
+    """Return the number of outputs from the file's head, so that few canaries do not change the architecture."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(weights, framework="np") as archive:
+            return int(archive.get_slice("head.weight").get_shape()[0])
+    except (OSError, SafetensorError):
+        return None
+
+
+def _attack(options: dict[str, Any]) -> Any:
+    from dataclasses import replace
+
+    from edgepriv.risk.gradient_leakage.inversion import PRESETS
+
+    changes = {"restarts": options["restarts"], "seed": options["seed"]}
+    for name in ("labels", "iterations"):
+        if options[name] is not None:
+            changes[name] = options[name]
+    return replace(PRESETS[options["preset"]], **changes)
+
+
+def _progress() -> Any:
+    if not sys.stderr.isatty():
+        return None
+
+    def show(done: int, of: int, loss: float) -> None:
+        end = "\n" if done == of else ""
+        sys.stderr.write(f"\rattack: {done}/{of}, loss {loss:.3g}   {end}")
+        sys.stderr.flush()
+
+    return show
+
+
+def _write_html(path: Path, audit: UpdateAudit | None, canaries: Canaries, record: dict[str, Any]) -> None:
+    from edgepriv.risk.gradient_leakage import page
+
+    if audit is None:
+        body = f"<h1>The bound of one update</h1><p>{record['reason']}</p>" + page.record_rows(record["bound"])
+        path.write_text(page.document("The bound of one update", body), encoding="utf-8")
+    else:
+        path.write_text(page.update_html(audit, canaries, "What one federated update gives away"), encoding="utf-8")
+    click.echo(f"wrote {path}", err=True)
+
+
+def _as_text(record: dict[str, Any]) -> str:
+    lines = [f"{record['verdict']}: {record['reason']}"]
+    if record["attack"] is not None:
+        found = record["attack"]
+        rdlv = "undefined" if found["rdlv"] is None else f"{found['rdlv']:.2f}"
+        lines.append(
+            f"attack   PSNR {found['psnr_db']:.1f} dB, SSIM {found['ssim']:.3f}, IIP {found['iip']:.2f} "
+            f"of {found['images']} among {found['pool_size']}, RDLV {rdlv}, {found['seconds']:.1f} s"
+        )
+    if record["bound_psnr_db"] is not None:
+        lines.append(f"bound    {record['bound_psnr_db']:.1f} dB; the prior alone {record['bound_floor_db']:.1f} dB")
+    return "\n".join([*lines, record["caveat"]])
+
+
+@click.command("privacy-tradeoff")
+@click.option("--data", default="digits", show_default=True, help="Labelled images.")
+@click.option("--model", "architecture", default="cnn-bn", show_default=True, help="Architecture with BatchNorm.")
+@click.option("--clients", type=click.IntRange(2, 200), default=10, show_default=True, help="Devices in a round.")
+@click.option("--rounds", type=click.IntRange(1, 500), default=10, show_default=True)
+@click.option("--clip", "clips", type=float, multiple=True, default=(0.5,), show_default=True)
+@click.option(
+    "--noise", "noises", type=float, multiple=True, default=(0.0, 0.1, 0.5, 1.0), show_default=True,
+    help="Noise of the sum over the clip norm.",
+)  # fmt: skip
+@click.option("--batch-size", "batch_sizes", type=click.IntRange(1, 32), multiple=True, default=(4,), show_default=True)
+@click.option("--epochs", "epoch_counts", type=click.IntRange(1, 8), multiple=True, default=(1,), show_default=True)
+@click.option("--learning-rate", type=float, default=0.1, show_default=True)
+@click.option("--statistics", type=click.Choice(["both", "shared", "home"]), default="both", show_default=True)
+@click.option("--delta", type=float, default=1e-5, show_default=True)
+@click.option("--max-iip", type=float, default=0.1, show_default=True, help="What the recommended setting may leak.")
+@click.option("--limit", type=click.IntRange(100), default=3000, show_default=True, help="Images used.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(1, 64))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option("--html", is_flag=False, flag_value="privacy-tradeoff.html", default=None, help="Write the picture.")
+@click.option("--toml", type=click.Path(path_type=Path), default=None, help="Write the recommended [rounds] settings.")
+def tradeoff(*, as_json: bool, html: str | None, toml: Path | None, **options: Any) -> None:
+    """Sweep clipping, noise, batches, local steps and BatchNorm sharing; show leakage against accuracy."""
+    import torch
+
+    from edgepriv import datasets
+    from edgepriv.risk.gradient_leakage import tradeoff as sweep
+
+    torch.set_num_threads(options["threads"])
+    data = datasets.load(options["data"], limit=options["limit"])
+    if len(data) < 100:
+        raise DataError(f"{len(data)} images are too few for a trade-off", hint="at least 100")
+    grid = sweep.settings_grid(
+        clips=options["clips"],
+        noises=options["noises"],
+        batch_sizes=options["batch_sizes"],
+        epoch_counts=options["epoch_counts"],
+        statistics=options["statistics"],
+        learning_rate=options["learning_rate"],
+    )
+    world = sweep.make_world(
+        data, options["architecture"], clients=options["clients"], seed=options["seed"], device=options["device"]
+    )
+    result = sweep.run(
+        world, grid, rounds=options["rounds"], delta=options["delta"], max_iip=options["max_iip"],
+        progress=lambda line: click.echo(line, err=True),
+    )  # fmt: skip
+    if html:
+        Path(html).write_text(sweep.tradeoff_html(result), encoding="utf-8")
+        click.echo(f"wrote {html}", err=True)
+    if toml:
+        toml.write_text(sweep.recommended_toml(result), encoding="utf-8")
+        click.echo(f"wrote {toml}", err=True)
+    click.echo(json.dumps(result.record(), indent=2) if as_json else sweep.as_text(result))

@@ -1,0 +1,318 @@
+"""One update judged: attack, measures and bound on canaries, and a verdict that says what it rests on.
+
+*Canaries* are public or proxy images that the auditor trains on itself with the declared recipe, the current global
+model and the declared protection, so truth is known. Rules: no score is ever given for images that the auditor does
+not hold; a real device's update is never inverted here; every record states recipe, protection and attack budget.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgepriv.errors import DataError
+from edgepriv.federated.torch_trainer import train_locally
+from edgepriv.risk.gradient_leakage.bound import CAVEAT, bound, jacobian
+from edgepriv.risk.gradient_leakage.head_inversion import invert_head
+from edgepriv.risk.gradient_leakage.inversion import Attack, check_update, invert
+from edgepriv.risk.gradient_leakage.measures import score, train_features
+from edgepriv.risk.gradient_leakage.protections import NoProtection, update_norm
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+    from torch import nn
+
+    from edgepriv.federated.local_recipe import LocalRecipe
+    from edgepriv.risk.gradient_leakage.bound import Bound
+    from edgepriv.risk.gradient_leakage.inversion import Progress, Reconstruction
+    from edgepriv.risk.gradient_leakage.measures import Features, Leakage
+    from edgepriv.risk.gradient_leakage.protections import Protection
+
+ROUNDING_SIGMA = 2.0**-16 / 12**0.5
+LEAKS, AT_RISK, CONTAINED = "leaks", "at risk", "contained"
+
+
+@dataclass(frozen=True, slots=True)
+class Canaries:
+    """Images whose truth the auditor holds, and public ones of the same kind.
+
+    Attributes:
+        images: float32 [n, c, h, w] in 0..1, in the order of training.
+        labels: int64 [n].
+        public: float32 [m, c, h, w]: prior, pool of IIP, label inference.
+        public_labels: int64 [m].
+        features: phi, trained on the public images only.
+    """
+
+    images: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    public: NDArray[np.float32]
+    public_labels: NDArray[np.int64]
+    features: Features = field(repr=False)
+
+    def take(self, rows: slice) -> Canaries:
+        """Return the same with some of the images."""
+        return replace(self, images=self.images[rows], labels=self.labels[rows])
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """When an update counts as leaking: the attack's own success, and how far the bound is above the prior."""
+
+    max_iip: float = 0.25
+    max_ssim: float = 0.5
+    max_bound_gain_db: float = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateAudit:
+    """Everything about one update; ``record()`` for JSON, the arrays for pictures."""
+
+    leakage: Leakage
+    ceiling: Bound | None
+    reconstruction: Reconstruction = field(repr=False)
+    verdict: str
+    reason: str
+
+    def record(self) -> dict[str, Any]:
+        """Return the keys of ``edgepriv.audit-update/1``."""
+        found = self.leakage
+        attack = {
+            "psnr_db": found.psnr_db,
+            "ssim": found.ssim,
+            "iip": found.iip,
+            "rdlv": found.rdlv,
+            "seconds": self.reconstruction.seconds,
+            "mean_mse_psnr_db": found.mean_mse_psnr_db,
+            "iip_interval": list(found.iip_interval),
+            "iip_pixel": found.iip_pixel,
+            "iip_same_label": found.iip_same_label,
+            "feature_distance": found.feature_distance,
+            "prior_ssim": found.prior_ssim,
+            "pool_size": found.pool_size,
+            "images": found.n,
+            "matching_loss": self.reconstruction.matching_loss,
+            "statistics_loss": self.reconstruction.statistics_loss,
+        }
+        ceiling = None if self.ceiling is None else self.ceiling.record()
+        return {
+            "schema": "edgepriv.audit-update/1",
+            "attack": attack,
+            "bound_psnr_db": None if ceiling is None else ceiling["psnr_db"],
+            "bound_floor_db": None if ceiling is None else ceiling["floor_db"],
+            "bound": ceiling,
+            "verdict": self.verdict,
+            "reason": self.reason,
+            "caveat": CAVEAT,
+        }
+
+
+def make_canaries(
+    images: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    public: NDArray[np.float32],
+    public_labels: NDArray[np.int64],
+    *,
+    seed: int = 0,
+    epochs: int = 6,
+) -> Canaries:
+    """Put canaries together and train phi on the public images (all arrays [n, c, h, w] in 0..1)."""
+    if len(public) < 2:
+        raise DataError("the audit needs at least two public images", hint="give --public")
+    phi = train_features(public.transpose(0, 2, 3, 1), public_labels, seed=seed, epochs=epochs)
+    return Canaries(images, labels, public, public_labels, phi)
+
+
+def judge_update(
+    model: nn.Module,
+    update: Mapping[str, NDArray[Any]],
+    recipe: LocalRecipe,
+    canaries: Canaries,
+    *,
+    attack: Attack | None = None,
+    sigmas: Mapping[str, float] | float | None = ROUNDING_SIGMA,
+    clip: float | None = None,
+    clients: int = 1,
+    subspace: int = 0,
+    limits: Limits | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> UpdateAudit:
+    """Attack an update of the canaries, score the result and compute the bound.
+
+    Args:
+        model: the global model before the round.
+        update: what was sent for exactly these canaries.
+        recipe: how it was made.
+        canaries: see :class:`Canaries`.
+        attack: see :class:`Attack`.
+        sigmas: noise that is in the update, for the bound; ``None`` leaves the bound out. The default is the
+            rounding of 16 fraction bits, which every update carries.
+        clip: L2 norm it was clipped to.
+        clients: it is the mean over this many devices.
+        subspace: see :func:`bound.jacobian`.
+        limits: for the verdict.
+        device: a torch device.
+        progress: of the attack.
+    """
+    check_update(model.state_dict(), update)
+    attack = attack or Attack()
+    found = _attack(model, update, recipe, canaries, attack, clients, device, progress)
+    leakage = score(
+        found.images,
+        canaries.images.transpose(0, 2, 3, 1),
+        canaries.public.transpose(0, 2, 3, 1),
+        truth_labels=canaries.labels,
+        pool_labels=canaries.public_labels,
+        features=canaries.features,
+    )
+    ceiling = None
+    if sigmas is not None:
+        jac = jacobian(
+            model,
+            canaries.images,
+            canaries.labels,
+            recipe,
+            canaries.public,
+            subspace=subspace,
+            clients=clients,
+            device=device,
+        )
+        shares = any(name.endswith(".running_mean") for name in update)
+        ceiling = bound(jac, sigmas, shares_statistics=shares, clip=clip)
+    verdict, reason = judge(leakage, ceiling, limits or Limits())
+    return UpdateAudit(leakage, ceiling, found, verdict, reason)
+
+
+def judge(leakage: Leakage | None, ceiling: Bound | None, limits: Limits) -> tuple[str, str]:
+    """Return the verdict and what it rests on."""
+    if leakage is not None and leakage.iip >= limits.max_iip and leakage.ssim > leakage.prior_ssim:
+        return LEAKS, f"the attack identifies {leakage.iip:.0%} of the canaries among {leakage.pool_size} images"
+    if leakage is not None and leakage.ssim >= limits.max_ssim and leakage.ssim > leakage.prior_ssim:
+        return LEAKS, f"the reconstructions reach SSIM {leakage.ssim:.2f} (the prior: {leakage.prior_ssim:.2f})"
+    if ceiling is not None and ceiling.psnr_db > ceiling.floor_db + limits.max_bound_gain_db:
+        gain = ceiling.psnr_db - ceiling.floor_db
+        return AT_RISK, f"this attack fails, but the bound leaves {gain:.1f} dB above what the prior alone gives"
+    if ceiling is None:
+        return AT_RISK, "this attack fails, and no bound was computed: one failed attack proves nothing"
+    return CONTAINED, "this attack fails and the bound is near what the prior alone gives"
+
+
+def audit_round(
+    model: nn.Module,
+    recipe: LocalRecipe,
+    canaries: Canaries,
+    *,
+    round_number: int,
+    protection: Protection | None = None,
+    clients: int = 1,
+    attack: Attack | None = None,
+    limits: Limits | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Play one canary device (or a masked cohort of them) of this round and return the record to be stored with it.
+
+    Args:
+        model: the round's global model.
+        recipe: what the round announces.
+        canaries: used up to the attack's limit of images.
+        round_number: for the record.
+        protection: what a device of this round does to its update.
+        clients: above 1: masks hide single updates and the attacker sees the mean over this many devices.
+        attack: budget and options; 60 iterations by default.
+        limits: for the verdict.
+        seed: of noise and attack.
+        device: a torch device.
+    """
+    began = time.perf_counter()
+    protection = protection or NoProtection()
+    attack = replace(attack or Attack(iterations=60), seed=seed)
+    update = canary_update(model, recipe, canaries, clients=clients, seed=seed, device=device)
+    sent = protection.apply(update, np.random.default_rng(seed))
+    raw = protection.sigmas(update)
+    sigmas = {name: max(sigma, ROUNDING_SIGMA) for name, sigma in raw.items()}
+    audit = judge_update(
+        model,
+        sent,
+        recipe,
+        canaries,
+        attack=attack,
+        sigmas=sigmas,
+        clip=getattr(protection, "clip", None),
+        clients=clients,
+        limits=limits,
+        device=device,
+    )
+    record = audit.record()
+    return {
+        **record,
+        "schema": "edgepriv.round-audit/1",
+        "round": round_number,
+        "recipe": asdict(recipe),
+        "protection": protection.name,
+        "clients": clients,
+        "canaries": len(canaries.images),
+        "update_norm": update_norm(update),
+        "attack_settings": asdict(attack),
+        "about": "canaries trained by the auditor with this round's recipe; no device's images",
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def canary_update(
+    model: nn.Module,
+    recipe: LocalRecipe,
+    canaries: Canaries,
+    *,
+    clients: int = 1,
+    seed: int = 0,
+    device: str = "cpu",
+) -> dict[str, NDArray[Any]]:
+    """Return the update of the canaries in their order; the mean over equal shares where there are several clients."""
+    if clients == 1:
+        return train_locally(
+            model, canaries.images, canaries.labels, recipe, seed=seed, shuffle=False, device=device
+        ).tensors
+    share = len(canaries.images) // clients
+    parts = []
+    for index in range(clients):
+        mine = canaries.take(slice(index * share, (index + 1) * share))
+        parts.append(canary_update(model, recipe, mine, seed=seed, device=device))
+    mean = {name: np.mean([part[name] for part in parts], axis=0) for name in parts[0]}
+    return {name: value.astype(parts[0][name].dtype) for name, value in mean.items()}
+
+
+def _attack(
+    model: nn.Module,
+    update: Mapping[str, NDArray[Any]],
+    recipe: LocalRecipe,
+    canaries: Canaries,
+    attack: Attack,
+    clients: int,
+    device: str,
+    progress: Progress | None,
+) -> Reconstruction:
+    shape = canaries.images.shape
+    size = (shape[0], shape[1], shape[2], shape[3])
+    if set(update) == {"head.weight", "head.bias"} and clients == 1:
+        return invert_head(
+            model, update, recipe, size, attack, labels=canaries.labels, prior=canaries.public, device=device
+        )
+    return invert(
+        model,
+        update,
+        recipe,
+        size,
+        attack,
+        labels=canaries.labels,
+        prior=canaries.public,
+        clients=clients,
+        device=device,
+        progress=progress,
+    )

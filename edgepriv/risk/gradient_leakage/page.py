@@ -1,0 +1,168 @@
+"""The leakage audit as pages a person can read: self-contained HTML, pictures and curves inside, no scripts.
+
+Grids show original | reconstruction | nearest public image, so that a lucky prior is not taken for a leak. Only
+canaries are ever shown.
+"""
+
+from __future__ import annotations
+
+import base64
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgepriv.risk.pictures import grid_png
+from edgepriv.risk.report import STYLE
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from edgepriv.risk.gradient_leakage.audit import Canaries, UpdateAudit
+
+WIDTH, HEIGHT, LEFT, BOTTOM = 560, 300, 56, 44
+COLOURS = ("#b3261e", "#1f5fbf", "#2a7a4b", "#9a6700", "#6b3fa0")
+MAX_SHOWN = 8
+
+
+def update_html(audit: UpdateAudit, canaries: Canaries, title: str) -> str:
+    """Render one audited update."""
+    found, ceiling = audit.leakage, audit.ceiling
+    rows = [
+        ("PSNR of the attack", f"{found.psnr_db:.1f} dB"),
+        ("SSIM of the attack", f"{found.ssim:.3f} (the prior alone: {found.prior_ssim:.3f})"),
+        ("IIP", f"{found.iip:.2f} of {found.n} among {found.pool_size} images, 95 % in {_range(found.iip_interval)}"),
+        ("RDLV", "undefined" if found.rdlv is None else f"{found.rdlv:.2f}"),
+        ("attack took", f"{audit.reconstruction.seconds:.1f} s"),
+    ]
+    if ceiling is not None:
+        rows.append(
+            ("bound, without any attack", f"{ceiling.psnr_db:.1f} dB (the prior alone: {ceiling.floor_db:.1f} dB)")
+        )
+    table = "".join(f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in rows)
+    caveat = "" if ceiling is None else f"<p>{escape(ceiling.caveat)}</p>"
+    body = f"""<h1>{escape(title)}</h1>
+<p class="verdict {"high" if audit.verdict != "contained" else ""}"><strong>{escape(audit.verdict)}</strong>:
+{escape(audit.reason)}.</p><table>{table}</table>
+<h2>Pictures</h2><p>Canary, reconstruction, public image nearest to the reconstruction.</p>
+{figure(audit_grid(audit, canaries), "canary | reconstruction | nearest public image")}
+<h2>What this is not</h2><p>One attack with the stated budget on canaries: a failure of it is no proof.</p>{caveat}"""
+    return document(title, body)
+
+
+def audit_grid(audit: UpdateAudit, canaries: Canaries) -> bytes:
+    """Return the matched grid of an audit as PNG bytes: original | reconstruction | nearest public image."""
+    truth = canaries.images.transpose(0, 2, 3, 1)
+    public = canaries.public.transpose(0, 2, 3, 1)
+    ordered = audit.reconstruction.images[list(audit.leakage.matched)]
+    columns = [truth, ordered, nearest_public(ordered, public)]
+    return grid_png([as_bytes(column[:MAX_SHOWN]) for column in columns])
+
+
+def nearest_public(images: NDArray[np.float32], public: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return for each image the public one with the least pixel distance."""
+    flat_i, flat_p = images.reshape(len(images), -1), public.reshape(len(public), -1)
+    distance = (flat_p**2).sum(1)[None] - 2 * flat_i @ flat_p.T
+    return np.asarray(public[distance.argmin(1)], np.float32)
+
+
+def as_bytes(images: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Turn 0..1 into 0..255."""
+    return np.asarray(np.round(np.clip(images, 0, 1) * 255), np.uint8)
+
+
+def figure(png: bytes, caption: str) -> str:
+    """Embed a PNG with its caption."""
+    data = base64.b64encode(png).decode()
+    text = escape(caption)
+    return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
+
+
+def document(title: str, body: str) -> str:
+    """Wrap a body into a whole page."""
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{escape(title)}</title>
+<style>{STYLE} svg text {{ font: 12px system-ui, sans-serif; fill: currentColor; }}</style>
+</head><body>{body}</body></html>
+"""
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return an HTML table of escaped text."""
+    top = "".join(f"<th>{escape(head)}</th>" for head in heads)
+    lines = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><tr>{top}</tr>{lines}</table>"
+
+
+def chart(
+    title: str,
+    x_name: str,
+    y_name: str,
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    lines: bool = True,
+    marked: tuple[float, float] | None = None,
+) -> str:
+    """Draw curves or points as an inline SVG; ``marked`` gets a ring (the recommended setting)."""
+    points = [p for rows in series.values() for p in rows]
+    if not points:
+        return ""
+    xs, ys = _span([p[0] for p in points]), _span([p[1] for p in points])
+
+    def at(point: tuple[float, float]) -> tuple[float, float]:
+        x = LEFT + (point[0] - xs[0]) / (xs[1] - xs[0]) * (WIDTH - LEFT - 16)
+        y = HEIGHT - BOTTOM - (point[1] - ys[0]) / (ys[1] - ys[0]) * (HEIGHT - BOTTOM - 28)
+        return round(x, 1), round(y, 1)
+
+    parts = [_axes(title, x_name, y_name, xs, ys)]
+    for index, (name, rows) in enumerate(series.items()):
+        colour = COLOURS[index % len(COLOURS)]
+        placed = [at(p) for p in rows]
+        if lines and len(placed) > 1:
+            path = " ".join(f"{x},{y}" for x, y in placed)
+            parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts.extend(f'<circle cx="{x}" cy="{y}" r="4" fill="{colour}"/>' for x, y in placed)
+        parts.append(
+            f'<text x="{WIDTH - 12}" y="{34 + 16 * index}" text-anchor="end" style="fill:{colour}">'
+            f"{escape(name)}</text>"
+        )
+    if marked is not None:
+        x, y = at(marked)
+        parts.append(f'<circle cx="{x}" cy="{y}" r="9" fill="none" stroke="currentColor" stroke-width="2"/>')
+    label = escape(f"{title}: {y_name} against {x_name}")
+    return f'<svg role="img" aria-label="{label}" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}">{"".join(parts)}</svg>'
+
+
+def _axes(title: str, x_name: str, y_name: str, xs: tuple[float, float], ys: tuple[float, float]) -> str:
+    base, right = HEIGHT - BOTTOM, WIDTH - 16
+    ticks = []
+    for step in range(5):
+        x = LEFT + step / 4 * (right - LEFT)
+        y = base - step / 4 * (base - 28)
+        x_value, y_value = xs[0] + step / 4 * (xs[1] - xs[0]), ys[0] + step / 4 * (ys[1] - ys[0])
+        ticks.append(f'<text x="{x:.0f}" y="{base + 16}" text-anchor="middle">{x_value:.3g}</text>')
+        ticks.append(f'<text x="{LEFT - 6}" y="{y + 4:.0f}" text-anchor="end">{y_value:.3g}</text>')
+        ticks.append(f'<line x1="{LEFT}" x2="{right}" y1="{y:.0f}" y2="{y:.0f}" stroke="currentColor" opacity=".15"/>')
+    middle = (LEFT + right) / 2
+    return "".join(ticks) + (
+        f'<text x="{LEFT}" y="16" font-weight="bold">{escape(title)}: {escape(y_name)}</text>'
+        f'<text x="{middle:.0f}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_name)}</text>'
+    )
+
+
+def _span(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    margin = 0.05 * (high - low) or max(abs(high) * 0.05, 0.05)
+    return low - margin, high + margin
+
+
+def _range(interval: tuple[float, float]) -> str:
+    return f"{interval[0]:.2f} to {interval[1]:.2f}"
+
+
+def record_rows(record: Mapping[str, Any]) -> str:
+    """Return a flat record as a list, for the foot of a page."""
+    return "<ul>" + "".join(f"<li>{escape(k)}: {escape(str(v))}</li>" for k, v in record.items()) + "</ul>"
