@@ -201,7 +201,7 @@ class PostgresDatabase:
             if self._db.closed and self._depth == 0:
                 self._db = self._connect()
             try:
-                return self._db.execute(sql.replace("?", "%s"), params)
+                return self._db.execute(_placeholders(sql), params)
             except self._psycopg.errors.DiskFull as error:
                 raise StorageFullError("PostgreSQL's disk is full", hint="free space on its server") from error
             except self._psycopg.OperationalError as error:
@@ -214,7 +214,7 @@ class PostgresDatabase:
     def executemany(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
         """See Database."""
         with self._lock, self._db.cursor() as cursor:
-            cursor.executemany(sql.replace("?", "%s"), list(rows))
+            cursor.executemany(_placeholders(sql), list(rows))
 
     def query(self, sql: str, params: Sequence[Any] = ()) -> list[Row]:
         """See Database."""
@@ -265,6 +265,10 @@ class PostgresDatabase:
     def close(self) -> None:
         """See Database."""
         self._db.close()
+
+
+def _placeholders(sql: str) -> str:
+    return sql.replace("%", "%%").replace("?", "%s")
 
 
 def open_database(sqlite_path: Path, url_file: Path | None, *, read_only: bool = False) -> Database:

@@ -1,5 +1,8 @@
 """Tables of the gateway's store, as numbered migrations: never edit one that was released, append the next.
 
+A migration only adds (tables, columns with a default), so that the release before still runs on the store: an upgrade
+can go back by one version.
+
 Ids are local integers; parties are full names (``dev-cam1``); times are Unix seconds of the gateway's clock unless a
 column says otherwise; digests are 32 raw bytes. Rows of ``frames`` and ``outputs`` outlive their content as
 tombstones (``erased = 1``) until their epoch is closed, so that a replay of something erased is still a duplicate.
@@ -79,7 +82,7 @@ def migrate(database: Database) -> int:
     from edgepriv.errors import ConfigError
 
     version = database.schema_version()
-    if version > len(MIGRATIONS):
+    if version > len(MIGRATIONS) + 1:
         raise ConfigError(
             f"the store has schema {version}, this release knows {len(MIGRATIONS)}",
             hint="install the newer release again",

@@ -108,7 +108,8 @@ class Sessions:
 
     def _newest(self, party: str) -> Session | None:
         rows = self._store.database.query(
-            "SELECT epoch_id FROM epochs WHERE party = ? AND closed = 0 ORDER BY seq DESC, created DESC, id DESC LIMIT 1",
+            "SELECT epoch_id FROM epochs WHERE party = ? AND closed = 0"
+            " ORDER BY seq DESC, created DESC, id DESC LIMIT 1",
             (party,),
         )
         try:

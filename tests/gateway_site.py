@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -309,6 +310,44 @@ class GatewayProcess:
 
     def text(self):
         return (self.site.folder / "gateway.log").read_text()
+
+
+class Postgres:
+    """A PostgreSQL server of its own in ``folder``, as the user postgres where the tests run as root."""
+
+    def __init__(self, folder: Path):
+        binaries = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+        if not binaries:
+            pytest.skip("PostgreSQL is not installed")
+        self.bin, self.port = binaries[-1], free_port()
+        self.data = Path(tempfile.mkdtemp(prefix="edgepriv-pg-"))
+        if os.getuid() == 0:
+            shutil.chown(self.data, "postgres")
+        self._run("initdb", "-D", str(self.data / "db"), "-A", "trust", "-U", "edgepriv", "--no-sync")
+        self._server(
+            "-w", "-l", str(self.data / "log"), "-o",
+            f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={self.data}", "start",
+        )  # fmt: skip
+        self.url_file = folder / "database.url"
+        self.url_file.write_text(f"postgresql://edgepriv@127.0.0.1:{self.port}/postgres\n")
+
+    def _run(self, name, *args):
+        prefix = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
+        subprocess.run([*prefix, str(self.bin / name), *args], check=True, capture_output=True, timeout=60, cwd="/tmp")
+
+    def _server(self, *args):
+        self._run("pg_ctl", "-D", str(self.data / "db"), *args)
+
+    def reset(self):
+        import psycopg
+
+        with psycopg.connect(self.url_file.read_text().strip(), autocommit=True) as connection:
+            connection.execute("DROP SCHEMA public CASCADE")
+            connection.execute("CREATE SCHEMA public")
+
+    def close(self):
+        self._server("-m", "immediate", "stop")
+        shutil.rmtree(self.data, ignore_errors=True)
 
 
 class LiveParty:

@@ -5,16 +5,29 @@ from __future__ import annotations
 import hashlib
 
 import pytest
-from gateway_site import Device, Recipient, Site, exchange, frame_digest
+from gateway_site import Device, Postgres, Recipient, Site, exchange, frame_digest
 
 from edgepriv.cipher.cipher import open_frame
+from edgepriv.errors import StorageFullError
 from edgepriv.mqtt import Inbound
 from edgepriv.wire.messages import Chunk, Fetch, FrameMessage
 
 
-@pytest.fixture
-def site(tmp_path):
-    made = Site(tmp_path)
+@pytest.fixture(scope="module")
+def postgres(tmp_path_factory):
+    server = Postgres(tmp_path_factory.mktemp("postgres"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def site(request, tmp_path):
+    settings = {}
+    if request.param == "postgresql":
+        server = request.getfixturevalue("postgres")
+        server.reset()
+        settings = {"store": {"url_file": str(server.url_file)}}
+    made = Site(tmp_path, **settings)
     yield made
     made.close()
 
@@ -208,17 +221,18 @@ def test_a_batch_that_cannot_be_committed_promises_nothing(site, monkeypatch):
     gateway, device = site.gateway(), Device(site)
     exchange(gateway, device, device.record())
     output = device.seal(device.output())
+    database = gateway.store.database
 
-    def broken():
-        raise OSError(28, "No space left on device")
+    def full(sql, rows):
+        raise StorageFullError("no space left")
 
-    monkeypatch.setattr(gateway.store.database, "_commit", broken)
+    monkeypatch.setattr(database, "executemany", full)
     monkeypatch.setattr("gateway.daemon.FAILED_PAUSE_S", 0)
     exchange(gateway, device, output)
     assert digest(output.payload) not in device.acks
     assert "store" in gateway.readiness()
     monkeypatch.undo()
-    gateway.store.database._db.rollback()
+    assert database.query("SELECT count(*) FROM outputs") == [(0,)]
     exchange(gateway, device, output)
     assert device.acks[digest(output.payload)].outcome == "stored"
     assert not gateway.readiness()
