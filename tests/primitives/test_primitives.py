@@ -100,7 +100,7 @@ def test_x25519_rfc7748_vector(backend):
 
 @EACH
 def test_hpke_opens_across_backends_and_refuses_changes(backend):
-    """With the recipient key of RFC 9180, A.1; tests/cipher/frame_reference.py opens the same by its own HPKE."""
+    """With the recipient key of RFC 9180, A.1; tests/frame_reference.py opens the same by its own HPKE."""
     private = h("4612c550263fc8ad58375df3f557aac531d26850903e55a9f23f21d8534e8ac8")
     public = h("3948cfe0ad1ddb695d780e59077195da6c56506b027329794ab02bca80815c4d")
     assert backend.x25519_public(private) == public
