@@ -1,8 +1,8 @@
 """Stage 5, spool: what was accepted is never forgotten; the broker is not a store.
 
 Rules: an item stays until the gateway's own acknowledgement. SQLite in WAL mode with ``synchronous=FULL``; several
-frames share one commit, because each commit is a disk sync. Objects over 1 MB are files: written, synced and renamed
-before their row exists. The spool is bounded in bytes and rows with a stated drop policy: ``oldest`` drops the oldest
+frames share one commit, because each commit is a disk sync. Large items lie in an arena file
+(`edgepriv.device.arena`) that is synced before the commit that makes their rows durable. The spool is bounded in bytes and rows with a stated drop policy: ``oldest`` drops the oldest
 frames, then the oldest outputs; ``refuse`` refuses new items. An epoch record is never dropped before its last item,
 and an update of a round is never dropped. Every drop is counted. Nothing in here opens anything: frames are sealed,
 outputs are sealed, and the keys of both live in the memory of the process that made them.
@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import sqlite3
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from edgepriv.device.arena import Arena
 from edgepriv.errors import ConfigError, StorageFullError
 
 if TYPE_CHECKING:
@@ -25,12 +25,13 @@ if TYPE_CHECKING:
 
     from edgepriv.device.seal import SealedItem
 
-FILE_BYTES = 1 << 20
+ARENA_BYTES = 16 << 10
 DROP_POLICIES = ("oldest", "refuse")
 SCHEMA = """
 CREATE TABLE items (
   id INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT NOT NULL, digest BLOB NOT NULL UNIQUE, epoch BLOB NOT NULL,
-  size INTEGER NOT NULL, payload BLOB, file TEXT, round INTEGER NOT NULL DEFAULT 0, held INTEGER NOT NULL DEFAULT 0);
+  size INTEGER NOT NULL, payload BLOB, place INTEGER,
+  round INTEGER NOT NULL DEFAULT 0, held INTEGER NOT NULL DEFAULT 0);
 CREATE INDEX items_by_epoch ON items (epoch);
 CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
 PRAGMA user_version = 1;
@@ -59,7 +60,9 @@ class Spool:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._db = self._open()
         self._count, self._stored = self._totals()
-        self._sweep()
+        self._arena = Arena(
+            folder / "arena.bin", self._db.execute("SELECT place, size FROM items WHERE place IS NOT NULL").fetchall()
+        )
 
     # --- filling ------------------------------------------------------------------------------------------
 
@@ -83,33 +86,22 @@ class Spool:
             ) from error
 
     def _insert(self, item: SealedItem) -> None:
-        file = self._write_file(item) if len(item.payload) > FILE_BYTES else None
-        cursor = self._db.execute(
-            "INSERT OR IGNORE INTO items (kind, digest, epoch, size, payload, file, round) VALUES (?,?,?,?,?,?,?)",
-            (item.kind, item.digest, item.epoch, len(item.payload), None if file else item.payload, file, item.round),
+        if self._db.execute("SELECT 1 FROM items WHERE digest = ?", (item.digest,)).fetchone():
+            return
+        large = len(item.payload) > ARENA_BYTES
+        place = self._arena.write(item.payload) if large else None
+        self._db.execute(
+            "INSERT INTO items (kind, digest, epoch, size, payload, place, round) VALUES (?,?,?,?,?,?,?)",
+            (item.kind, item.digest, item.epoch, len(item.payload), None if large else item.payload, place, item.round),
         )
-        if cursor.rowcount:
-            self._count += 1
-            self._stored += len(item.payload)
-
-    def _write_file(self, item: SealedItem) -> str:
-        name = item.digest.hex()
-        temporary = self.folder / f"{name}.part"
-        with temporary.open("wb") as file:
-            file.write(item.payload)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(self.folder / name)
-        folder = os.open(self.folder, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-        return name
+        self._count += 1
+        self._stored += len(item.payload)
 
     def _has_room(self, need: int, rows: int) -> bool:
         return self._stored + need <= self.max_bytes and self._count + rows <= self.max_rows
 
     def _make_room(self, need: int, rows: int) -> None:
-        query = "SELECT id, file, size FROM items WHERE kind = ? ORDER BY id"
+        query = "SELECT id, place, size FROM items WHERE kind = ? ORDER BY id"
         for kind in ("frame", "output") if self.drop == "oldest" else ():
             if self._has_room(need, rows):
                 return
@@ -125,15 +117,18 @@ class Spool:
             )
 
     def commit(self) -> None:
-        """Make everything added so far durable."""
+        """Make everything added and removed so far durable."""
         try:
+            self._arena.sync()
             self._db.commit()
-        except sqlite3.OperationalError as error:
+        except (OSError, sqlite3.OperationalError) as error:
             self._db.rollback()
+            self._arena.forget_returns()
             self._count, self._stored = self._totals()
             if not _is_full(error):
                 raise
             raise StorageFullError("the disk of the spool is full", hint="free space") from error
+        self._arena.settle()
 
     # --- emptying -----------------------------------------------------------------------------------------
 
@@ -148,25 +143,19 @@ class Spool:
 
     def payload(self, digest: bytes) -> bytes | None:
         """The bytes of an item, or None when it is gone."""
-        row = self._db.execute("SELECT payload, file FROM items WHERE digest = ?", (digest,)).fetchone()
-        if row is None:
-            return None
-        if row[1] is None:
-            return bytes(row[0])
-        return (self.folder / str(row[1])).read_bytes()
+        row = self._db.execute("SELECT size FROM items WHERE digest = ?", (digest,)).fetchone()
+        return None if row is None else self.read_range(digest, 0, int(row[0]))
 
     def read_range(self, digest: bytes, offset: int, length: int) -> bytes | None:
         """A part of an item, so that a large one never stands in memory whole."""
         row = self._db.execute(
-            "SELECT substr(payload, ?, ?), file FROM items WHERE digest = ?", (offset + 1, length, digest)
+            "SELECT substr(payload, ?, ?), place, size FROM items WHERE digest = ?", (offset + 1, length, digest)
         ).fetchone()
         if row is None:
             return None
         if row[1] is None:
             return bytes(row[0])
-        with (self.folder / str(row[1])).open("rb") as file:
-            file.seek(offset)
-            return file.read(length)
+        return self._arena.read(int(row[1]) + offset, min(length, int(row[2]) - offset))
 
     def epoch_record(self, epoch: bytes) -> bytes | None:
         """The epoch record with this digest, or None."""
@@ -175,7 +164,7 @@ class Spool:
 
     def remove(self, digest: bytes) -> bool:
         """Forget an acknowledged item, and its epoch record when that was its last item of an old epoch."""
-        row = self._db.execute("SELECT id, file, size FROM items WHERE digest = ?", (digest,)).fetchone()
+        row = self._db.execute("SELECT id, place, size FROM items WHERE digest = ?", (digest,)).fetchone()
         if row is None:
             return False
         self._delete(*row)
@@ -183,7 +172,7 @@ class Spool:
 
     def remove_round(self, number: int) -> None:
         """Forget the upload of a round."""
-        query = "SELECT id, file, size FROM items WHERE kind = 'update' AND round = ?"
+        query = "SELECT id, place, size FROM items WHERE kind = 'update' AND round = ?"
         for row in self._db.execute(query, (number,)).fetchall():
             self._delete(*row)
 
@@ -194,19 +183,19 @@ class Spool:
     def drop_finished_epochs(self, current: bytes) -> None:
         """Forget records of past epochs that no item needs any more."""
         rows = self._db.execute(
-            "SELECT id, file, size FROM items WHERE kind = 'epoch' AND digest != ? AND digest NOT IN "
+            "SELECT id, place, size FROM items WHERE kind = 'epoch' AND digest != ? AND digest NOT IN "
             "(SELECT epoch FROM items WHERE kind != 'epoch')",
             (current,),
         ).fetchall()
         for row in rows:
             self._delete(*row)
 
-    def _delete(self, row_id: int, file: str | None, size: int) -> None:
+    def _delete(self, row_id: int, place: int | None, size: int) -> None:
         self._db.execute("DELETE FROM items WHERE id = ?", (row_id,))
         self._count -= 1
         self._stored -= size
-        if file:
-            (self.folder / file).unlink(missing_ok=True)
+        if place is not None:
+            self._arena.give_back(place, size)
 
     # --- facts --------------------------------------------------------------------------------------------
 
@@ -251,6 +240,7 @@ class Spool:
         with contextlib.suppress(StorageFullError):
             self.commit()
         self._db.close()
+        self._arena.close()
 
     # --- the file -----------------------------------------------------------------------------------------
 
@@ -266,13 +256,6 @@ class Spool:
             db = _connect(path)
             db.execute("INSERT INTO counters VALUES ('spool_recreated', 1)")
             return db
-
-    def _sweep(self) -> None:
-        """Remove files without a row: a crash between rename and commit leaves them."""
-        known = {row[0] for row in self._db.execute("SELECT file FROM items WHERE file IS NOT NULL")}
-        for path in self.folder.iterdir():
-            if (len(path.stem) == 64 and path.name not in known) or path.suffix == ".part":
-                path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _savepoint(self) -> Iterator[None]:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from edgepriv.device.config import BrokerConfig, DeviceConfig
     from edgepriv.device.ledger import SceneLedger
     from edgepriv.mqtt import Link
+    from edgepriv.wire.trust import TrustList
 
 MAX_MODEL_BYTES = 512 << 20
 
@@ -58,15 +59,8 @@ def assemble(
     inferer: Inferer | None = None,
 ) -> DeviceRuntime:
     """Put the stages of one device together. ``inferer`` may be shared by the devices of one process."""
-    identity = keys.load_identity(config.device.key)
-    if identity.public.role != "device":
-        raise ConfigError(f"{config.device.key} is the key of {identity.name}, not of a device")
+    identity, trust = _identity(config, clock)
     state = config.device.state
-    state.mkdir(parents=True, exist_ok=True, mode=0o700)
-    trust = TrustFile(config.device.trust, config.device.owner, state / "trust-version", clock=clock)
-    listed = trust.current().party(identity.name, "device")
-    if listed != identity.public:
-        raise TrustError(f"{identity.name} is listed with other keys", hint="the owner signs this device's .pub file")
     policy = parse_policy(config.release.policy)
     inferer = inferer or Inferer.from_file(config.model.path, threads=config.model.threads)
     if policy.task != inferer.spec.task:
@@ -74,12 +68,8 @@ def assemble(
             f"release policy {policy.name!r} is for {policy.task}, but model {inferer.spec.id} does {inferer.spec.task}"
         )
     source = open_source(str(config.source.get("kind", "")), _options(config.source), folder=folder, clock=clock)
-    spool = Spool(
-        state / "spool",
-        max_bytes=int(config.spool.max_mb * 1e6),
-        max_rows=config.spool.max_rows,
-        drop=config.spool.drop,
-    )
+    max_bytes = int(config.spool.max_mb * 1e6)
+    spool = Spool(state / "spool", max_bytes=max_bytes, max_rows=config.spool.max_rows, drop=config.spool.drop)
     link = link or broker_link(config.broker, identity.name)
     sealer = Sealer(
         identity,
@@ -97,26 +87,49 @@ def assemble(
         lambda: sealer.session,
         party=identity.name,
         shard=config.device.shard,
-        meta=lambda number: metas.get(number, {}),
+        meta=lambda n: metas.get(n, {}),
     )
     fetcher = Fetcher(state / "objects", link, publisher.send_message, max_bytes=MAX_MODEL_BYTES)
-    ledger = _ledger(config, state)
-    stages = Stages(source, inferer, policy, ledger, sealer, spool, publisher, fetcher, None, link)
+    stages = Stages(
+        source, inferer, policy, _ledger(config, state), sealer, spool, publisher, fetcher, learner=None, link=link
+    )
     runtime = DeviceRuntime(identity.name, config, stages, clock=clock)
     if config.rounds.take_part and (inferer.spec.features or inferer.spec.trainable):
-        stages.learner = Learner(
-            identity,
-            trust.current(),
-            config.rounds,
-            state=state,
-            fetcher=fetcher,
-            send=publisher.send_message,
-            spool_upload=runtime.spool_upload,
-            drop_upload=runtime.drop_upload,
-            trainable=inferer.spec.trainable,
-            metas=metas,
-        )
+        stages.learner = _learner(config, identity, trust.current(), runtime, metas)
     return runtime
+
+
+def _identity(config: DeviceConfig, clock: Callable[[], float]) -> tuple[keys.Identity, TrustFile]:
+    """The device's keys and the trust list that names them."""
+    identity = keys.load_identity(config.device.key)
+    if identity.public.role != "device":
+        raise ConfigError(f"{config.device.key} is the key of {identity.name}, not of a device")
+    config.device.state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    trust = TrustFile(config.device.trust, config.device.owner, config.device.state / "trust-version", clock=clock)
+    if trust.current().party(identity.name, "device") != identity.public:
+        raise TrustError(f"{identity.name} is listed with other keys", hint="the owner signs this device's .pub file")
+    return identity, trust
+
+
+def _learner(
+    config: DeviceConfig,
+    identity: keys.Identity,
+    trust: TrustList,
+    runtime: DeviceRuntime,
+    metas: dict[int, dict[str, Any]],
+) -> Learner:
+    return Learner(
+        identity,
+        trust,
+        config.rounds,
+        state=config.device.state,
+        fetcher=runtime.stages.fetcher,
+        send=runtime.stages.publisher.send_message,
+        spool_upload=runtime.spool_upload,
+        drop_upload=runtime.drop_upload,
+        trainable=runtime.stages.inferer.spec.trainable,
+        metas=metas,
+    )
 
 
 def _options(source: dict[str, Any]) -> dict[str, Any]:
