@@ -76,7 +76,7 @@ class FrameSealer:
 
     def __init__(self, ck: bytes, epoch: SignedEpoch, session: LinkSession, identity: Identity) -> None:
         self._ck, self._session, self._identity = ck, session, identity
-        self._epoch, self._buffer = epoch, bytearray()
+        self._epoch, self._buffer = epoch, np.empty(0, np.uint8)
         self._alg = cast("primitives.Alg", epoch.record.alg)
 
     def seal(self, value: Picture | NDArray[Any] | bytes, *, counter: int, mid: bytes) -> memoryview:
@@ -117,9 +117,9 @@ class FrameSealer:
     def _view(self, size: int) -> memoryview:
         if size > wire.MAX_BYTES:
             raise RefusedError(f"an image of {size} bytes is over the limit of {wire.MAX_BYTES}")
-        if len(self._buffer) < size:
-            self._buffer = bytearray(size)
-        return memoryview(self._buffer)[:size]
+        if self._buffer.size < size:
+            self._buffer = np.empty(size, np.uint8)  # numpy asks for huge pages, a bytearray does not
+        return self._buffer.data[:size]
 
     def _authenticate(self, view: memoryview, end: int) -> bytes:
         record = self._epoch.record
