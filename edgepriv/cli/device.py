@@ -8,8 +8,10 @@ from typing import Any
 
 import click
 
+from edgepriv.cli import LazyGroup
 
-@click.group()
+
+@click.group(cls=LazyGroup, table={"bench": ("edgepriv.cli.device_bench:bench", "What the runtime costs.")})
 def device() -> None:
     """The runtime on the device: run, label, bench."""
 

@@ -135,7 +135,7 @@ def start_site(stage: Stage, outcome: Outcome) -> None:
     url, outcome.broker = processes.start_broker(children, options.broker)
     stage.progress(f"broker: {outcome.broker}; starting the gateway, the risk service and {options.devices} devices")
     config = site.write_gateway(
-        place, url, port=processes.free_port(), weights=str(prepared.weights), devices=options.devices
+        place, url, port=processes.free_port(), weights=prepared.weights, devices=options.devices
     )
     children.start("gateway", processes.python_command("gateway", "run", "--config", str(config)))
     for i, name in enumerate(place.devices):

@@ -61,24 +61,26 @@ def make_site(folder: Path, devices: int) -> Site:
     return site
 
 
-def _table(name: str, **values: object) -> str:
+def table(name: str, **values: object) -> str:
+    """A table of a configuration file."""
     return f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()) + "\n"
 
 
-def write_gateway(site: Site, broker: str, *, port: int, weights: str, devices: int) -> Path:
-    """Configuration of the gateway; rounds are started by the demo, one after the other."""
-    text = _table(
+def write_gateway(site: Site, broker: str, *, port: int, weights: Path | None, devices: int) -> Path:
+    """Configuration of the gateway; with weights the demo starts rounds, one after the other."""
+    text = table(
         "gateway", identity=f"keys/{GATEWAY}.key", owner="keys/owner.key.pub", trust="trust.cbor", state="gateway"
     )
-    text += _table("broker", url=broker)
-    text += _table("http", port=port)
-    text += _table("outputs", window_s=10, publish_every_s=1.0)
-    text += _table("models", require_verdict=True)
-    text += _table(
-        "rounds", model="backbone", weights=weights, quorum=max(1, devices // 2), min_cohort=2, deadline_s=40.0,
-        join_s=4.0, clip=8.0, max_weight=1000, active_s=600.0, resend_s=1.0,
-    )  # fmt: skip
-    text += "[rounds.training]\nlearning_rate = 0.02\nbatch_size = 8\nepochs = 5\nmomentum = 0.9\n"
+    text += table("broker", url=broker)
+    text += table("http", port=port)
+    text += table("outputs", window_s=10, publish_every_s=1.0)
+    text += table("models", require_verdict=True)
+    if weights is not None:
+        text += table(
+            "rounds", model="backbone", weights=str(weights), quorum=max(1, devices // 2), min_cohort=2, deadline_s=40.0,
+            join_s=4.0, clip=8.0, max_weight=1000, active_s=600.0, resend_s=1.0,
+        )  # fmt: skip
+        text += "[rounds.training]\nlearning_rate = 0.02\nbatch_size = 8\nepochs = 5\nmomentum = 0.9\n"
     site.config(GATEWAY).write_text(text)
     return site.config(GATEWAY)
 
@@ -87,27 +89,27 @@ def write_device(
     site: Site, name: str, broker: str, *, model: Path, data: str, rows: list[int], seed: int, frames: int
 ) -> Path:
     """Configuration of one simulated device: only the frame source differs from a real one."""
-    text = _table(
+    text = table(
         "device", key=f"keys/{name}.key", trust="trust.cbor", owner="keys/owner.key.pub", gateway=GATEWAY, state=name
     )
-    text += _table("broker", url=broker)
-    text += _table("model", path=str(model), threads=1)
-    text += _table("source", kind="simulated", data=data, rows=rows, seed=seed)
-    text += _table("release", policy="argmax")
-    text += _table("rounds", min_cohort=2)
-    text += _table("run", frames=frames, linger_s=100_000.0, status_s=2.0)
+    text += table("broker", url=broker)
+    text += table("model", path=str(model), threads=1)
+    text += table("source", kind="simulated", data=data, rows=rows, seed=seed)
+    text += table("release", policy="argmax")
+    text += table("rounds", min_cohort=2)
+    text += table("run", frames=frames, linger_s=100_000.0, status_s=2.0)
     site.config(name).write_text(text)
     return site.config(name)
 
 
 def write_risk(site: Site, broker: str, *, port: int, probe: Path) -> Path:
     """Configuration of the risk service; the probe data are public pictures, never a device's frames."""
-    text = _table(
+    text = table(
         "risk", identity=f"keys/{RISK}.key", owner="keys/owner.key.pub", trust="trust.cbor", state="risk",
         gateway=GATEWAY,
     )  # fmt: skip
-    text += _table("broker", url=broker)
-    text += _table("audit", probe=str(probe), policies=["argmax", "unsafe_raw_logits"])
-    text += _table("http", port=port)
+    text += table("broker", url=broker)
+    text += table("audit", probe=str(probe), policies=["argmax", "unsafe_raw_logits"])
+    text += table("http", port=port)
     site.config(RISK).write_text(text)
     return site.config(RISK)

@@ -62,11 +62,15 @@ class ReleasePolicy(Protocol):
         ...
 
 
+def _finite(values: NDArray[Any]) -> None:
+    if not np.isfinite(values).all():
+        raise DataError("the model's output holds NaN or infinity", hint="the model or its input scaling is broken")
+
+
 def softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
     """Row-wise softmax in float64; refuses NaN and infinity (DataError)."""
     rows = np.atleast_2d(np.asarray(logits, np.float64))
-    if not np.isfinite(rows).all():
-        raise DataError("the model's output holds NaN or infinity", hint="the model or its input scaling is broken")
+    _finite(rows)
     shifted = np.exp(rows - rows.max(axis=1, keepdims=True))
     return np.asarray(shifted / shifted.sum(axis=1, keepdims=True), np.float64)
 
@@ -93,7 +97,7 @@ class Argmax:
 
     def release(self, inference: Inference) -> tuple[list[int], ...]:
         """See ReleasePolicy."""
-        softmax(inference.logits)  # refuses NaN: the argmax of NaN is class 0, which would be a false statement
+        _finite(inference.logits)  # the argmax of NaN is class 0, which would be a false statement
         return ([int(np.argmax(inference.logits)), 0],)
 
     def apply(self, logits: NDArray[Any]) -> NDArray[np.float64]:
@@ -168,7 +172,7 @@ class UnsafeRawLogits:
 
     def release(self, inference: Inference) -> tuple[list[int], ...]:
         """See ReleasePolicy."""
-        softmax(inference.logits)
+        _finite(inference.logits)
         patterns = np.asarray(inference.logits, "<f4").reshape(-1).view("<i4")
         return tuple([c, int(v)] for c, v in enumerate(patterns))
 
@@ -238,8 +242,7 @@ class Steps:
         return 16.0 * size
 
     def _integers(self, values: NDArray[Any]) -> NDArray[np.int64]:
-        if not np.isfinite(values).all():
-            raise DataError("the model's output holds NaN or infinity")
+        _finite(values)
         return np.clip(np.round(np.asarray(values, np.float64) / self.size), -32768, 32767).astype(np.int64)
 
     def release(self, inference: Inference) -> tuple[list[int], ...]:
