@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,23 +138,22 @@ def _bound_only(
 
 
 def _canaries(options: dict[str, Any], meta: dict[str, Any]) -> Canaries:
-    from edgepriv.risk.gradient_leakage.audit import Canaries, make_canaries
+    from edgepriv.risk.gradient_leakage.audit import canaries_alone, make_canaries
 
     if options["data"] is None and options["public"] is None:
         raise ConfigError("nothing to audit against", hint="--data with the canaries, or --public for the bound only")
-    public, public_labels = _pictures(options["public"] or options["data"])
     if options["data"] is not None:
         images, labels = _pictures(options["data"], limit=options["n_images"])
-        return make_canaries(images, labels, public, public_labels, seed=options["seed"])
+        if options["public"] is None:
+            click.echo("no --public: the prior is the canaries' own and IIP is among them alone", err=True)
+            return canaries_alone(images, labels)
+        return make_canaries(images, labels, *_pictures(options["public"]), seed=options["seed"])
+    public, public_labels = _pictures(options["public"])
     stated = meta.get("images")
     n = options["n_images"] or (stated if isinstance(stated, int) and stated > 0 else 1)
-    return Canaries(
-        public[:n],
-        public_labels[:n],
-        public[n:],
-        public_labels[n:],
-        features=lambda images: images.reshape(len(images), -1).astype("float64"),
-    )
+    if len(public) < n + 2:
+        raise DataError(f"{len(public)} public images are too few for {n} canaries", hint="--images")
+    return replace(canaries_alone(public[:n], public_labels[:n]), public=public[n:], public_labels=public_labels[n:])
 
 
 def _pictures(spec: str, limit: int | None = None) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -197,8 +196,6 @@ def _classes_in(weights: Path) -> int | None:
 
 
 def _attack(options: dict[str, Any]) -> Any:
-    from dataclasses import replace
-
     from edgepriv.risk.gradient_leakage.inversion import PRESETS
 
     changes = {"restarts": options["restarts"], "seed": options["seed"]}

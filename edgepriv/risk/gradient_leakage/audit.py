@@ -47,6 +47,7 @@ class Canaries:
         public: float32 [m, c, h, w]: prior, pool of IIP, label inference.
         public_labels: int64 [m].
         features: phi, trained on the public images only.
+        apart: whether the public images are others than the canaries; else IIP is among the canaries alone.
     """
 
     images: NDArray[np.float32]
@@ -54,6 +55,7 @@ class Canaries:
     public: NDArray[np.float32]
     public_labels: NDArray[np.int64]
     features: Features = field(repr=False)
+    apart: bool = True
 
     def take(self, rows: slice) -> Canaries:
         """Return the same with some of the images."""
@@ -121,11 +123,26 @@ def make_canaries(
     seed: int = 0,
     epochs: int = 6,
 ) -> Canaries:
-    """Put canaries together and train phi on the public images (all arrays [n, c, h, w] in 0..1)."""
+    """Put canaries together and train phi on the public images (all arrays [n, c, h, w] in 0..1).
+
+    Public images that equal a canary are left out: they would spoil the prior, the pool and phi.
+    """
+    held = {image.tobytes() for image in np.asarray(images, np.float32)}
+    apart = np.array([image.tobytes() not in held for image in np.asarray(public, np.float32)], bool)
+    public, public_labels = public[apart], public_labels[apart]
     if len(public) < 2:
         raise DataError("the audit needs at least two public images", hint="give --public")
     phi = train_features(public.transpose(0, 2, 3, 1), public_labels, seed=seed, epochs=epochs)
     return Canaries(images, labels, public, public_labels, phi)
+
+
+def canaries_alone(images: NDArray[np.float32], labels: NDArray[np.int64]) -> Canaries:
+    """Return canaries without public images: the prior is their own, phi is the pixels, IIP is among them alone."""
+    return Canaries(images, labels, images, labels, _pixels, apart=False)
+
+
+def _pixels(images: NDArray[np.float32]) -> NDArray[np.float64]:
+    return images.reshape(len(images), -1).astype(np.float64)
 
 
 def judge_update(
@@ -163,13 +180,15 @@ def judge_update(
     check_update(model.state_dict(), update)
     attack = attack or Attack()
     found = _attack(model, update, recipe, canaries, attack, clients, device, progress)
+    pool = canaries.public.transpose(0, 2, 3, 1)[: None if canaries.apart else 0]
     leakage = score(
         found.images,
         canaries.images.transpose(0, 2, 3, 1),
-        canaries.public.transpose(0, 2, 3, 1),
+        pool,
         truth_labels=canaries.labels,
-        pool_labels=canaries.public_labels,
+        pool_labels=canaries.public_labels[: len(pool)],
         features=canaries.features,
+        prior=canaries.public.mean(axis=0).transpose(1, 2, 0),
     )
     ceiling = None
     if sigmas is not None:

@@ -120,7 +120,12 @@ class Target:
 
 
 def read_update(
-    model: nn.Module, update: Mapping[str, NDArray[Any]], recipe: LocalRecipe, n_images: int, device: str = "cpu"
+    model: nn.Module,
+    update: Mapping[str, NDArray[Any]],
+    recipe: LocalRecipe,
+    n_images: int,
+    device: str = "cpu",
+    uses: Mapping[str, int] | None = None,
 ) -> Target:
     """Check an update against the model and split it into changes and batch statistics.
 
@@ -137,7 +142,7 @@ def read_update(
     if not changes:
         raise DataError("the update holds no parameter change", hint="is it an update of this model?")
     layers = statistics.momenta(model)
-    found = statistics.recover(state, update, layers, recipe.steps(n_images))
+    found = statistics.recover(state, update, layers, recipe.steps(n_images), uses)
     moved = {n: statistics.BatchStatistics(s.mean.to(device), s.variance.to(device)) for n, s in found.items()}
     return Target(changes, moved)
 
@@ -197,7 +202,8 @@ def invert(
     attack = attack or Attack()
     _check_size(shape, recipe, clients)
     began = time.perf_counter()
-    target = read_update(model, update, recipe, shape[0] // clients, device)
+    share, uses = shape[0] // clients, statistics.uses_per_pass(model, shape[1:])
+    target = read_update(model, update, recipe, share, device, uses)
     believed = replace(recipe, batch_normalisation="frozen") if attack.believes_frozen else recipe
     simulation = Simulation(model, believed, clients=clients, momentum=momentum, device=device)
     _check_trained(simulation, target)

@@ -128,6 +128,7 @@ def recover(
     update: Mapping[str, NDArray[Any]],
     layer_momenta: Mapping[str, float | None],
     steps: int,
+    uses: Mapping[str, int] | None = None,
 ) -> dict[str, BatchStatistics]:
     """Recover ``s_bar`` of every BatchNorm layer whose running statistics are in the update.
 
@@ -135,13 +136,14 @@ def recover(
         before: state of the global model.
         update: changes by name.
         layer_momenta: see :func:`momenta`.
-        steps: K according to the recipe; a shared counter overrides it for a layer used several times a step.
+        steps: K according to the recipe.
+        uses: how often a forward pass uses each layer, where it is not once; see :func:`uses_per_pass`.
 
     Returns:
         By layer name; a layer that is not in the update or did not move (frozen) is left out.
 
     Raises:
-        DataError: the shared counter is no multiple of K, so the declared recipe cannot be the true one.
+        DataError: a shared counter differs from what the recipe means, so the recipe cannot be the true one.
     """
     found = {}
     for layer, momentum in layer_momenta.items():
@@ -149,7 +151,8 @@ def recover(
         variance_change = update.get(f"{layer}.running_var")
         if mean_change is None or variance_change is None or not (mean_change.any() or variance_change.any()):
             continue
-        k = _counted_steps(layer, update, steps)
+        k = steps * (uses or {}).get(layer, 1)
+        _check_counter(layer, update, k)
         seen = int(before.get(f"{layer}.num_batches_tracked", torch.tensor(0)))
         parts = [
             _recover_one(before[f"{layer}.{kind}"], change, momentum, k, seen)
@@ -159,17 +162,21 @@ def recover(
     return found
 
 
-def _counted_steps(layer: str, update: Mapping[str, NDArray[Any]], steps: int) -> int:
+def uses_per_pass(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, int]:
+    """Return how often one forward pass uses each BatchNorm layer."""
+    twin, layers = instrument(model, training=True)
+    with torch.no_grad():
+        twin(torch.rand(2, *image_shape, device=next(twin.parameters()).device))
+    return {name: len(layer.records) for name, layer in layers.items()}
+
+
+def _check_counter(layer: str, update: Mapping[str, NDArray[Any]], expected: int) -> None:
     counter = update.get(f"{layer}.num_batches_tracked")
-    if counter is None:
-        return steps
-    counted = round(float(np.asarray(counter)))
-    if counted <= 0 or counted % steps:
+    if counter is not None and round(float(np.asarray(counter))) != expected:
         raise DataError(
-            f"{layer} counted {counted} batches but the recipe means {steps} steps",
+            f"{layer} counted {round(float(np.asarray(counter)))} batches, the recipe means {expected}",
             hint="give the batch size, epochs and number of images that the device really used",
         )
-    return counted
 
 
 def _recover_one(before: Tensor, change: NDArray[Any], momentum: float | None, steps: int, seen: int) -> Tensor:

@@ -63,6 +63,33 @@ def test_a_counter_that_contradicts_the_recipe_is_an_audit_error(digits):
         read_update(model, update, LocalRecipe(batch_size=8), 12)
 
 
+class _Twice(torch.nn.Module):
+    """A network that uses one BatchNorm layer twice in a pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Conv2d(1, 4, 3, padding=1)
+        self.second = torch.nn.Conv2d(4, 4, 3, padding=1)
+        self.norm = torch.nn.BatchNorm2d(4)
+        self.head = torch.nn.Linear(256, 10)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.first(x)))
+        return self.head(torch.relu(self.norm(self.second(x))).flatten(1))
+
+
+def test_a_layer_used_twice_a_pass_is_recovered_exactly(digits):
+    torch.manual_seed(0)
+    model, recipe = _Twice(), LocalRecipe(batch_size=4)
+    update, x, y = digits.client(model, recipe, 8)
+    uses = statistics.uses_per_pass(model, (1, 8, 8))
+    assert uses == {"norm": 2}
+    target = read_update(model, update, recipe, 8, uses=uses)
+    assert _error(target.statistics, _simulated(model, recipe, x, y).statistics) <= 1e-5
+    with pytest.raises(DataError, match="counted 4"):
+        read_update(model, update, recipe, 8)
+
+
 def test_frozen_layers_and_plain_networks_give_no_statistics(digits):
     recipe = LocalRecipe(batch_size=4, batch_normalisation="frozen")
     model = digits.network(0)

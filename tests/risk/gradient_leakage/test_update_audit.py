@@ -1,0 +1,173 @@
+"""The audit around the attack: canaries, rounds, masks, class inversion, the trade-off and the demo's pictures."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from edgepriv import datasets  # noqa: E402
+from edgepriv.errors import DataError  # noqa: E402
+from edgepriv.federated.ledger import epsilon_of  # noqa: E402
+from edgepriv.federated.local_recipe import LocalRecipe, head_recipe  # noqa: E402
+from edgepriv.federated.torch_trainer import train_locally  # noqa: E402
+from edgepriv.risk.gradient_leakage import audit, page, protections, tradeoff  # noqa: E402
+from edgepriv.risk.gradient_leakage.class_inversion import invert_classes  # noqa: E402
+from edgepriv.risk.gradient_leakage.fleet_view import fleet_view, with_head  # noqa: E402
+from edgepriv.risk.gradient_leakage.inversion import Attack  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def canaries(digits):
+    return audit.make_canaries(
+        digits.private[:4], digits.private_labels[:4], digits.public[:500], digits.public_labels[:500], epochs=3
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(digits):
+    model = digits.network(0)
+    update = train_locally(model, digits.public, digits.public_labels, LocalRecipe(0.05, 16, epochs=5), seed=0)
+    model.load_state_dict({k: v + torch.tensor(update.tensors[k]) for k, v in model.state_dict().items()})
+    return model
+
+
+def test_a_round_without_protection_leaks_and_clipped_noise_contains_it(digits, canaries):
+    model, recipe = digits.network(0), LocalRecipe(batch_size=4)
+    unprotected = audit.audit_round(model, recipe, canaries, round_number=1)
+    assert unprotected["verdict"] == "leaks"
+    assert unprotected["attack"]["psnr_db"] >= 25
+    protection = protections.ClippedNoise(1.0, 0.05)
+    contained = audit.audit_round(model, recipe, canaries, round_number=1, protection=protection)
+    assert contained["verdict"] == "contained"
+    assert contained["attack"]["iip"] == 0
+    assert contained["bound_psnr_db"] - contained["bound_floor_db"] < 1
+    record = json.loads(json.dumps(contained))
+    assert record["schema"] == "edgepriv.round-audit/1"
+    assert record["round"] == 1
+    assert record["recipe"]["batch_size"] == 4
+    assert "no device's images" in record["about"]
+
+
+def test_keeping_statistics_at_home_lowers_attack_and_bound_on_one_image(digits, canaries):
+    model, recipe, one = digits.network(0), LocalRecipe(), canaries.take(slice(0, 1))
+    shared = audit.audit_round(model, recipe, one, round_number=1)
+    home = audit.audit_round(model, recipe, one, round_number=1, protection=protections.WithoutStatistics())
+    assert shared["attack"]["psnr_db"] - home["attack"]["psnr_db"] >= 10
+    assert shared["bound_psnr_db"] - home["bound_psnr_db"] >= 10
+
+
+def test_a_masked_sum_shows_less_than_one_device(digits, canaries):
+    model, recipe = digits.network(0), LocalRecipe(batch_size=4)
+    many = replace(canaries, images=digits.private[:16], labels=digits.private_labels[:16])
+    sum_only = audit.canary_update(model, recipe, many, clients=4)
+    attack = Attack(iterations=60)
+    masked = audit.judge_update(model, sum_only, recipe, many, clients=4, attack=attack, sigmas=None)
+    alone = audit.judge_update(
+        model, audit.canary_update(model, recipe, canaries), recipe, canaries, attack=attack, sigmas=None
+    )
+    assert alone.leakage.psnr_db - masked.leakage.psnr_db >= 10
+    assert "no bound" in masked.reason or masked.verdict == "leaks"
+
+
+def test_a_head_only_update_of_one_image_is_inverted_through_the_backbone(trained, canaries):
+    one = canaries.take(slice(0, 1))
+    record = audit.audit_round(trained, head_recipe(batch_size=1), one, round_number=3, attack=Attack(iterations=150))
+    assert record["verdict"] == "leaks"
+    assert record["attack"]["psnr_db"] >= 30
+
+
+def test_several_images_in_a_head_only_update_hide_each_other(trained, canaries):
+    record = audit.audit_round(trained, head_recipe(), canaries, round_number=3)
+    assert record["attack"]["mean_mse_psnr_db"] <= 20
+
+
+def test_public_images_that_equal_a_canary_leave_the_pool(digits):
+    held = audit.make_canaries(
+        digits.public[:2], digits.public_labels[:2], digits.public[:50], digits.public_labels[:50], epochs=1
+    )
+    assert len(held.public) == 48
+    with pytest.raises(DataError, match="two public"):
+        audit.make_canaries(digits.public[:2], digits.public_labels[:2], digits.public[:2], digits.public_labels[:2])
+
+
+def test_class_inversion_is_recognised_on_a_trained_model_and_not_on_a_fresh_one(digits, trained):
+    known = (digits.private[:300], digits.private_labels[:300])
+    found = invert_classes(trained, 10, *known, iterations=100)
+    fresh = invert_classes(digits.network(5), 10, *known, iterations=40)
+    assert found.recognised >= 0.8
+    assert fresh.recognised <= 0.5
+    assert "images" not in found.record()
+
+
+def test_epsilon_by_dp_accounting_agrees_with_the_devices_ledger():
+    for z, rounds in ((1.0, 10), (5.0, 3)):
+        exact = epsilon_of(math.sqrt(rounds) / z, 1e-5)
+        found = tradeoff.epsilon(z, rounds, 1e-5)
+        assert exact <= found <= 1.25 * exact
+    assert tradeoff.epsilon(0.0, 10, 1e-5) is None
+
+
+def test_the_tradeoff_recommends_a_setting_the_gateway_accepts():
+    import sys
+
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+
+    from gateway.round_driver import check_settings
+
+    data = datasets.load("digits", limit=600)
+    world = tradeoff.make_world(data, "cnn-bn", clients=4, seed=0, canaries=2)
+    grid = tradeoff.settings_grid(
+        clips=(0.5,), noises=(0.0, 0.5), batch_sizes=(4,), epoch_counts=(1,), statistics="home", learning_rate=0.1
+    )
+    result = tradeoff.run(world, grid, rounds=2, attack=Attack(iterations=50))
+    assert result.points[0].iip > result.points[1].iip
+    assert result.recommended is result.points[1]
+    settings = tomllib.loads(tradeoff.recommended_toml(result))["rounds"]
+    assert check_settings(settings) == settings
+    assert settings["noise"] == "distributed"
+    assert LocalRecipe(**settings["training"]).batch_size == 4
+    html = tradeoff.tradeoff_html(result)
+    assert html.count("<svg") == 2
+    assert "<script" not in html
+    json.dumps(result.record())
+    none = replace(result, recommended=None)
+    with pytest.raises(DataError, match="no setting"):
+        tradeoff.recommended_toml(none)
+
+
+def test_the_demos_pictures_show_both_devices_before_and_after(digits, trained):
+    weight = trained.head.weight.detach().numpy()
+    model = with_head(trained.features, weight, trained.head.bias.detach().numpy())
+    noise = protections.ClippedNoise(1.0, 0.05)
+    views = fleet_view(
+        model,
+        digits.private[:4],
+        digits.private_labels[:4],
+        digits.public[:300],
+        digits.public_labels[:300],
+        head_protections=[noise],
+        full_protections=[protections.WithoutStatistics(), noise],
+    )
+    assert [v.unprotected["verdict"] for v in views] == ["leaks", "leaks"]
+    assert all(v.unprotected["iip"] == 1 and v.configured["iip"] <= 0.25 for v in views)
+    assert all(v.png.startswith(b"\x89PNG") for v in views)
+
+
+def test_a_chart_marks_the_recommended_point_and_escapes_names():
+    svg = page.chart("t", "x", "y<", {"a&b": [(0, 1), (1, 2)]}, marked=(1, 2))
+    assert "y&lt;" in svg
+    assert "a&amp;b" in svg
+    assert svg.count("<circle") == 3
+    assert page.chart("t", "x", "y", {}) == ""
+
+
+def test_nearest_public_image_is_the_nearest():
+    public = np.stack([np.zeros((4, 4, 1)), np.ones((4, 4, 1))]).astype(np.float32)
+    assert page.nearest_public(public[1:] * 0.8, public).mean() == 1

@@ -1,0 +1,106 @@
+"""The commands, as a user runs them: files in, one JSON document out, exit codes that a build can use."""
+
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+torch = pytest.importorskip("torch")
+
+from edgepriv.cli import root  # noqa: E402
+from edgepriv.errors import ConfigError, DataError, MissingFileError, RefusedError, RiskThresholdError, WireError  # noqa: E402
+from edgepriv.wire.update import decode_update, encode_update  # noqa: E402
+
+
+def _run(*args):
+    return CliRunner().invoke(root, [str(a) for a in args])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("update")
+    done = _run(
+        "federated", "train", "--model", "cnn-bn", "--weights", folder / "w.safetensors", "--fresh", "--data", "digits",
+        "--images", 6, "--batch-size", 3, "--out", folder / "u.upd", "--canaries", folder / "c.npz", "--json",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["steps"] == 2
+    return folder
+
+
+def _audit(folder, *more, model="cnn-bn", update="u.upd"):
+    base = ["audit", "update", "--model", model, "--weights", folder / "w.safetensors", "--update", folder / update]
+    return _run(*base, *more)
+
+
+def test_an_update_is_audited_with_the_recipe_it_states(made):
+    page = made / "a.html"
+    done = _audit(made, "--data", made / "c.npz", "--public", "digits", "--json", "--html", page)
+    assert done.exit_code == 0, done.output
+    record = json.loads(done.stdout)
+    assert record["schema"] == "edgepriv.audit-update/1"
+    assert {"psnr_db", "ssim", "iip", "rdlv", "seconds"} <= set(record["attack"])
+    assert record["attack"]["psnr_db"] >= 20
+    assert record["bound_psnr_db"] >= record["attack"]["mean_mse_psnr_db"]
+    assert record["verdict"] == "leaks"
+    assert record["recipe"]["batch_size"] == 3
+    assert "data:image/png" in page.read_text()
+
+
+def test_without_canaries_only_the_bound_is_given(made):
+    done = _audit(made, "--public", "digits", "--images", 2, "--json")
+    record = json.loads(done.stdout)
+    assert record["attack"] is None
+    assert record["bound_psnr_db"] > record["bound_floor_db"]
+    assert "nothing is said about the images" in record["about"]
+
+
+def test_a_threshold_stops_a_build(made):
+    done = _audit(made, "--data", made / "c.npz", "--fail-on", "leaks", "--iterations", 60, "--no-bound")
+    assert isinstance(done.exception, RiskThresholdError)
+    assert done.exception.exit_code == 3
+
+
+def test_wrong_inputs_are_clear_errors(made, tmp_path):
+    data = ("--data", made / "c.npz")
+    assert isinstance(_audit(made, *data, model="cnn").exception, DataError)
+    assert isinstance(_audit(made, *data, model="nope").exception, ConfigError)
+    assert isinstance(_audit(made, *data, update="gone.upd").exception, MissingFileError)
+    assert isinstance(_audit(made).exception, ConfigError)
+    assert "epochs" in str(_audit(made, *data, "--batch-size", 6).exception.hint)
+    (made / "broken.upd").write_bytes(b"EPU1\x00\x00")
+    assert isinstance(_audit(made, *data, update="broken.upd").exception, WireError)
+    update = decode_update((made / "u.upd").read_bytes(), max_bytes=1 << 20)
+    spoiled = {**update.tensors, "head.bias": np.full(10, np.nan, np.float32)}
+    (made / "nan.upd").write_bytes(encode_update(spoiled, update.meta))
+    assert "NaN" in str(_audit(made, *data, update="nan.upd").exception)
+    (made / "odd.upd").write_bytes(encode_update(update.tensors, {"recipe": {"speed": 3}}))
+    assert "recipe" in str(_audit(made, *data, update="odd.upd").exception)
+
+
+def test_self_check_drops_statistics_refuses_and_adds_noise(made, tmp_path):
+    update = made / "u.upd"
+    out = tmp_path / "sent.upd"
+    done = _run("federated", "self-check", "--update", update, "--out", out, "--json")
+    assert isinstance(done.exception, RiskThresholdError)  # six images are still few
+    assert json.loads(done.stdout)["action"] == "drop_bn"
+    sent = decode_update(out.read_bytes(), max_bytes=1 << 20).tensors
+    assert not [name for name in sent if "running" in name or "num_batches" in name]
+    done = _run("federated", "self-check", "--update", update, "--policy", "refuse")
+    assert isinstance(done.exception, RefusedError)
+    done = _run("federated", "self-check", "--update", update, "--policy", "add_noise", "--json")
+    assert done.exit_code == 0
+    assert json.loads(done.stdout)["sigma"] > 0
+
+
+def test_the_tradeoff_command_writes_its_picture_and_settings(tmp_path):
+    page, toml = tmp_path / "t.html", tmp_path / "t.toml"
+    done = _run(
+        "audit", "privacy-tradeoff", "--limit", 400, "--clients", 3, "--rounds", 1, "--noise", 3.0,
+        "--statistics", "home", "--max-iip", 0.3, "--json", "--html", page, "--toml", toml,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["schema"] == "edgepriv.privacy-tradeoff/1"
+    assert "<svg" in page.read_text()
+    assert toml.read_text().count("[rounds") == 2
