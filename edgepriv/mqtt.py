@@ -174,7 +174,7 @@ class PahoLink:
         self._generation, self._connected, self._limit = 0, False, max_packet_bytes
         self._version = MQTTProtocolVersion.MQTTv5
         self.last_error = ""
-        self._stop = threading.Event()
+        self._stop, self._ended = threading.Event(), threading.Event()
         self._client = self._make()
         self._thread = threading.Thread(target=self._run, name=f"mqtt-{client_id}", daemon=True)
         self._thread.start()
@@ -253,6 +253,7 @@ class PahoLink:
         self._stop.set()
         with contextlib.suppress(Exception):  # the connection may be half open; it ends either way
             self._client.disconnect()
+        self._ended.set()
         self._thread.join(timeout=5)
 
     # --- paho ---------------------------------------------------------------------------------------------
@@ -288,8 +289,13 @@ class PahoLink:
                 extra: dict[str, Any] = {}
                 if self._version == MQTTProtocolVersion.MQTTv5:
                     extra["clean_start"] = self._clean
+                self._ended.clear()
                 self._client.connect(*self._where, keepalive=30, **extra)
-                self._client.loop_forever(retry_first_connection=False)
+                # paho's own thread, not loop_forever in ours: else publish() writes to the socket beside the network
+                # thread, and two packets that are sent in parts end up mixed
+                self._client.loop_start()
+                self._ended.wait()
+                self._client.loop_stop()
             except (OSError, ValueError) as error:
                 self.last_error = str(error)
             self._connected = False
@@ -306,10 +312,12 @@ class PahoLink:
         if code in UNSUPPORTED_VERSION and self._version == MQTTProtocolVersion.MQTTv5:
             self._version = MQTTProtocolVersion.MQTTv311
             client.disconnect()
+            self._ended.set()
             return
         if code != 0:
             self.last_error = str(reason)
             client.disconnect()
+            self._ended.set()
             return
         announced = getattr(properties, "MaximumPacketSize", None)
         self._limit = min(self._own_limit, announced - 512) if announced else self._own_limit
@@ -326,7 +334,8 @@ class PahoLink:
             self.last_error = str(reason)
             if "protocol version" in self.last_error.lower() and self._version == MQTTProtocolVersion.MQTTv5:
                 self._version = MQTTProtocolVersion.MQTTv311
-        client.disconnect()  # ends loop_forever, so that reconnects go through our own back-off
+        client.disconnect()  # ends paho's loop, so that reconnects go through our own back-off
+        self._ended.set()
 
     def _on_message(self, _client: paho.Client, _data: Any, packet: paho.MQTTMessage) -> None:
         inbound = Inbound(packet.topic, bytes(packet.payload))
