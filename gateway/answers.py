@@ -7,7 +7,10 @@ Queries (``what``: arguments -> body of the reply):
 ``epoch`` (recipient): ``digest`` -> ``{"record"}``, the signed bytes, which the recipient checks itself.
 ``trust`` (all): -> ``{"version", "digest", "size"}``; the list itself is fetched by its digest.
 ``models`` (device, risk): -> ``{"models": [...]}`` as `gateway.models` offers them to this party.
-``verdict`` (risk): ``verdict`` -> ``{"accepted", "model"}``. ``round`` (risk): ``number`` -> the round's record.
+``verdict`` (risk): ``verdict`` -> ``{"accepted", "model"}``.
+``windows`` (risk): optional ``since`` -> ``{"windows": [...]}``, aggregated outputs as they are published.
+``report`` (risk): ``kind`` (``round``), ``subject`` (the round's number), ``report`` (a map of figures such as
+``accuracy`` and ``leakage_bound``) -> ``{"accepted"}``: shown on the pages beside the round.
 
 A fetch is answered by chunks. Frames go to their recipients only; a device gets models and global weights.
 """
@@ -18,7 +21,9 @@ import hashlib
 from typing import TYPE_CHECKING, Any, Protocol
 
 from edgepriv.errors import EdgeprivError, TrustError, WireError
+from edgepriv.wire import cbor
 from edgepriv.wire.messages import Fetch, Notice, Query, Reply
+from gateway import outputs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,6 +36,9 @@ if TYPE_CHECKING:
 
 MAX_LISTED = 200
 MODEL = "model"
+DAY_S = 86_400
+REPORT_KINDS = {"round"}
+MAX_REPORT_BYTES = 64 << 10
 
 
 class ModelsPort(Protocol):
@@ -61,6 +69,8 @@ class Desk:
             "trust": ({"device", "recipient", "risk"}, self._trust),
             "models": ({"device", "risk"}, self._offers),
             "verdict": ({"risk"}, self._verdict),
+            "windows": ({"risk"}, self._windows),
+            "report": ({"risk"}, self._report),
         }
 
     def add(self, what: str, roles: set[str], answer: Callable[[Session, str, dict[str, Any], float], Any]) -> None:
@@ -146,3 +156,18 @@ class Desk:
 
     def _verdict(self, session: Session, _role: str, args: dict[str, Any], now: float) -> Any:
         return self._models.take_verdict(bytes(args["verdict"]), session.party, now)
+
+    def _windows(self, _session: Session, _role: str, args: dict[str, Any], now: float) -> Any:
+        return {"windows": outputs.recent(self._store.database, since=float(args.get("since", now - DAY_S)))}
+
+    def _report(self, session: Session, _role: str, args: dict[str, Any], now: float) -> Any:
+        kind, subject, report = str(args["kind"]), str(args["subject"]), args["report"]
+        raw = cbor.encode(report)
+        if kind not in REPORT_KINDS or len(subject) > 64 or not isinstance(report, dict) or len(raw) > MAX_REPORT_BYTES:
+            raise WireError("a report of an unknown kind, or too large")
+        self._store.database.execute(
+            "INSERT INTO reports (kind, subject, sender, at, body) VALUES (?, ?, ?, ?, ?) ON CONFLICT (kind, subject)"
+            " DO UPDATE SET sender = excluded.sender, at = excluded.at, body = excluded.body",
+            (kind, subject, session.party, now, raw),
+        )
+        return {"accepted": True}

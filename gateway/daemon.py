@@ -39,6 +39,7 @@ from gateway.round_driver import RoundDriver
 from gateway.sessions import Sessions
 from gateway.store import Store
 from gateway.transfers import Transfers
+from gateway.watch import Watch
 from gateway.webhook import Webhook
 
 if TYPE_CHECKING:
@@ -101,7 +102,8 @@ class Gateway:
         self._register_commands()
         self.webhook = _webhook(config)
         self.totals: Counter[str] = Counter()
-        self._last = {"second": 0.0, "house": now, "publish": now, "status": 0.0}
+        self.watch = Watch(self)
+        self._last = {"second": 0.0, "house": now, "publish": now, "status": 0.0, "watch": 0.0}
         self.last_turn = time.monotonic()
         self.failed_batch = ""
         link.subscribe(topics.up_filter(config.gateway.shard))
@@ -175,6 +177,7 @@ class Gateway:
             ("second", 0.5, self._each_second),
             ("publish", self.config.outputs.publish_every_s, self._publish),
             ("house", 60.0, self._keep_house),
+            ("watch", 5.0, self.watch.turn),
             ("status", 2.0, self._write_status),
         ]
         for name, every_s, action in due:
@@ -341,6 +344,7 @@ class Gateway:
         self.downlink.close()
         if self.webhook is not None:
             self.webhook.close()
+        self.watch.close()
         self.link.close()
         self.store.close()
 

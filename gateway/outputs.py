@@ -23,6 +23,7 @@ NONE = -1
 SCHEMA = "edgepriv.windows/1"
 MAX_SKEW_S = 86_400.0
 MAX_PUBLISHED = 500
+MAX_RECENT = 2000
 BY = {"device": "party", "model": "model", "class": "class", "window": "start"}
 
 _UPSERT = """INSERT INTO windows (party, model, class, start, seconds, count, scored, score_sum, bits, dirty)
@@ -105,10 +106,23 @@ def finished(database: Database, *, before: float) -> list[dict[str, Any]]:
         " GROUP BY party, model, class, start, seconds ORDER BY start, party, model, class LIMIT ?",
         (int(before), MAX_PUBLISHED),
     )
-    return [
-        {"device": r[0], "model": r[1], "class": r[2], "start": r[3], "seconds": r[4], **_figures(r[5:], r[4])}
-        for r in rows
-    ]
+    return [_described(row) for row in rows]
+
+
+def recent(database: Database, *, since: float) -> list[dict[str, Any]]:
+    """The newest windows that begin at ``since`` or later, at most `MAX_RECENT`."""
+    rows = database.query(
+        "SELECT party, model, class, start, seconds, count, scored, score_sum, bits FROM windows WHERE start >= ?"
+        " ORDER BY start DESC, party, model, class LIMIT ?",
+        (int(since), MAX_RECENT),
+    )
+    return [_described(row) for row in rows]
+
+
+def _described(row: Row) -> dict[str, Any]:
+    party, model, label, start, seconds, *sums = row
+    figures = _figures(tuple(sums), seconds)
+    return {"device": party, "model": model, "class": label, "start": start, "seconds": seconds, **figures}
 
 
 def mark_published(database: Database, windows: list[dict[str, Any]]) -> None:

@@ -70,6 +70,13 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             text TEXT NOT NULL, raised REAL NOT NULL, cleared REAL)""",
         "CREATE TABLE meta (name TEXT NOT NULL PRIMARY KEY, value BLOB NOT NULL)",
     ),
+    (
+        """CREATE TABLE reports (
+            kind TEXT NOT NULL, subject TEXT NOT NULL, sender TEXT NOT NULL, at REAL NOT NULL, body BLOB NOT NULL,
+            PRIMARY KEY (kind, subject))""",
+        "CREATE INDEX devices_by_seen ON devices (last_seen)",
+        "CREATE INDEX alerts_open ON alerts (cleared)",
+    ),
 )
 
 

@@ -1,0 +1,149 @@
+"""Alerts: what an operator must act on, raised and cleared by rules over the daemon's own figures.
+
+Rules: a rule is a function of `Facts` that returns the alerts which are true now; the engine raises what is new and
+clears what is gone, so an alert has one row from its beginning to its end. Each change is published once on
+``edgepriv/v1/<gateway>/out/alerts``, posted to the webhook and counted. Texts name parties and figures, never data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gateway.config import AlertsSection
+    from gateway.store import Store
+
+SCHEMA = "edgepriv.alert/1"
+DAY_S = 86_400
+NAMED = 5
+FORGET_S = 7 * DAY_S
+
+
+@dataclass(frozen=True, slots=True)
+class Alert:
+    """Something to act on. ``name`` is stable; ``severity`` is ``critical`` or ``warning``."""
+
+    name: str
+    subject: str
+    severity: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the rules look at; times in Unix seconds."""
+
+    now: float
+    store_bytes: int
+    store_limit_bytes: int
+    not_ready: dict[str, str]
+    trust_expires: float
+    trust_error: str
+    certificate_expires: float
+    rejected_last_minute: int
+    silent: tuple[str, ...]
+    silent_count: int
+    models: tuple[dict[str, Any], ...]
+    aborted_round: tuple[int, str] | None
+
+
+def rules(facts: Facts, settings: AlertsSection) -> list[Alert]:
+    """Every alert that is true now; pure."""
+    found = [Alert(f"not-ready-{name}", "gateway", "critical", why) for name, why in facts.not_ready.items()]
+    if facts.store_bytes >= settings.store_used_ratio * facts.store_limit_bytes:
+        share = 100 * facts.store_bytes / facts.store_limit_bytes
+        found.append(Alert("store-nearly-full", "gateway", "warning", f"the store is at {share:.0f} % of its limit"))
+    found += _expiries(facts, settings)
+    if facts.rejected_last_minute >= settings.rejected_per_minute:
+        text = f"{facts.rejected_last_minute} packets were refused within a minute"
+        found.append(Alert("many-rejections", "gateway", "warning", text))
+    if facts.silent_count:
+        more = f" and {facts.silent_count - NAMED} more" if facts.silent_count > NAMED else ""
+        text = f"{facts.silent_count} silent: {', '.join(facts.silent[:NAMED])}{more}"
+        found.append(Alert("devices-silent", "fleet", "warning", text))
+    for model in facts.models:
+        if "high leakage" in model["verdict"]:
+            severity = "warning" if model["withheld"] else "critical"
+            text = f"the risk service found high leakage in {model['id']} {model['version']}"
+            found.append(Alert("model-leaks", f"{model['id']} {model['version']}", severity, text))
+    if facts.aborted_round:
+        number, reason = facts.aborted_round
+        found.append(Alert("round-aborted", f"round {number}", "warning", f"the last round was aborted: {reason}"))
+    return found
+
+
+def _expiries(facts: Facts, settings: AlertsSection) -> list[Alert]:
+    found = []
+    left = (facts.trust_expires - facts.now) / DAY_S
+    if left < settings.certificate_days:
+        severity = "critical" if left <= 0 else "warning"
+        found.append(Alert("trust-expires", "trust list", severity, f"the trust list has {max(left, 0):.1f} days left"))
+    if facts.trust_error:
+        found.append(Alert("trust-refused", "trust list", "warning", f"a new list was refused: {facts.trust_error}"))
+    if facts.certificate_expires:
+        left = (facts.certificate_expires - facts.now) / DAY_S
+        if left < settings.certificate_days:
+            text = f"the TLS certificate has {max(left, 0):.1f} days left"
+            found.append(Alert("certificate-expires", "gateway", "critical" if left <= 0 else "warning", text))
+    return found
+
+
+class AlertEngine:
+    """Keeps the table of alerts in step with what is true."""
+
+    def __init__(self, store: Store, settings: AlertsSection, publish: Callable[[dict[str, Any]], None]) -> None:
+        self._store, self._settings, self._publish = store, settings, publish
+
+    def turn(self, facts: Facts) -> dict[str, int]:
+        """Raise and clear; returns open alerts by name."""
+        true_now = {(a.name, a.subject): a for a in rules(facts, self._settings)}
+        rows = self._store.database.query("SELECT id, name, subject, severity, text FROM alerts WHERE cleared IS NULL")
+        known = {(name, subject): (number, severity, text) for number, name, subject, severity, text in rows}
+        changed = true_now.keys() ^ known.keys()
+        if changed or any(known[k][1:] != (a.severity, a.text) for k, a in true_now.items() if k in known):
+            with self._store.batch():
+                self._write(true_now, known, facts.now)
+        for key in sorted(changed):
+            alert = true_now.get(key)
+            self._publish(self._document(key, alert, known.get(key), facts.now))
+        return _by_name(true_now)
+
+    def _write(self, true_now: dict[tuple[str, str], Alert], known: dict[tuple[str, str], Any], now: float) -> None:
+        execute = self._store.database.execute
+        for key, alert in true_now.items():
+            if key in known:
+                execute(
+                    "UPDATE alerts SET severity = ?, text = ? WHERE id = ?", (alert.severity, alert.text, known[key][0])
+                )
+            else:
+                execute(
+                    "INSERT INTO alerts (name, subject, severity, text, raised) VALUES (?, ?, ?, ?, ?)",
+                    (alert.name, alert.subject, alert.severity, alert.text, now),
+                )
+        for key in known.keys() - true_now.keys():
+            execute("UPDATE alerts SET cleared = ? WHERE id = ?", (now, known[key][0]))
+        execute("DELETE FROM alerts WHERE cleared < ?", (now - FORGET_S,))
+
+    def _document(self, key: tuple[str, str], alert: Alert | None, known: Any, now: float) -> dict[str, Any]:
+        severity, text = (alert.severity, alert.text) if alert else known[1:]
+        name, subject = key
+        state = "raised" if alert else "cleared"
+        return {
+            "schema": SCHEMA,
+            "name": name,
+            "subject": subject,
+            "state": state,
+            "severity": severity,
+            "text": text,
+            "at": now,
+        }
+
+
+def _by_name(true_now: dict[tuple[str, str], Alert]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for name, _ in true_now:
+        counts[name] = counts.get(name, 0) + 1
+    return counts

@@ -1,0 +1,80 @@
+"""Alerts: each rule alone, and the life of an alert from raised to cleared."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from gateway_site import Device, Site, exchange
+
+from gateway.alerts import Facts, rules
+from gateway.config import AlertsSection
+
+WELL = Facts(
+    now=1e9,
+    store_bytes=1,
+    store_limit_bytes=100,
+    not_ready={},
+    trust_expires=2e9,
+    trust_error="",
+    certificate_expires=0,
+    rejected_last_minute=0,
+    silent=(),
+    silent_count=0,
+    models=(),
+    aborted_round=None,
+)
+LEAKS = {"id": "m", "version": "1", "verdict": "high leakage", "withheld": ""}
+
+
+def test_a_well_gateway_has_no_alert():
+    assert rules(WELL, AlertsSection()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "severity"),
+    [
+        ({"store_bytes": 95}, "store-nearly-full", "warning"),
+        ({"not_ready": {"broker": "not connected"}}, "not-ready-broker", "critical"),
+        ({"trust_expires": 1e9 + 86_400}, "trust-expires", "warning"),
+        ({"trust_expires": 1e9 - 1}, "trust-expires", "critical"),
+        ({"trust_error": "forged"}, "trust-refused", "warning"),
+        ({"certificate_expires": 1e9 + 3600}, "certificate-expires", "warning"),
+        ({"rejected_last_minute": 60}, "many-rejections", "warning"),
+        ({"silent": ("dev-a",), "silent_count": 1}, "devices-silent", "warning"),
+        ({"models": (LEAKS,)}, "model-leaks", "critical"),
+        ({"models": ({**LEAKS, "withheld": "verdict"},)}, "model-leaks", "warning"),
+        ({"aborted_round": (3, "quorum")}, "round-aborted", "warning"),
+    ],
+)
+def test_each_rule_raises_its_alert_and_no_other(changes, name, severity):
+    found = rules(dataclasses.replace(WELL, **changes), AlertsSection())
+    assert [(a.name, a.severity) for a in found] == [(name, severity)]
+
+
+def test_an_alert_is_published_when_it_is_raised_and_when_it_is_cleared_and_no_more(tmp_path):
+    site = Site(tmp_path)
+    gateway, device = site.gateway(), Device(site)
+    exchange(gateway, device, device.record())
+    site.now += 1
+    gateway.step()
+
+    def published():
+        packets = [p for p in gateway.link.sent if p.topic == "edgepriv/v1/gateway-main/out/alerts"]
+        return [(d["name"], d["state"]) for d in (json.loads(p.payload) for p in packets)]
+
+    site.now += 400
+    gateway.step()
+    site.now += 6
+    gateway.step()
+    assert published() == [("devices-silent", "raised")]
+    gateway.link.inbox.append(device.seal(device.output()))
+    gateway.step()
+    for _ in range(3):
+        site.now += 6
+        gateway.step()
+    assert published() == [("devices-silent", "raised"), ("devices-silent", "cleared")]
+    assert gateway.store.database.query("SELECT count(*) FROM alerts WHERE cleared IS NOT NULL") == [(1,)]
+    assert b'edgepriv_gateway_devices{state="heard"} 1.0' in gateway.metrics.text()
+    site.close()
