@@ -145,6 +145,9 @@ class Fleet:
                 case EndRound(_number):
                     self.uploads.pop(device, None) if device not in self.hold else None
 
+    def base_of(self, opened):
+        return decode_update(self.conductor.model_path(opened.base).read_bytes(), max_bytes=1 << 30).tensors
+
     def weights(self, record):
         return decode_update(self.conductor.model_path(record.after).read_bytes(), max_bytes=1 << 30).tensors
 
