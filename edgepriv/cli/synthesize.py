@@ -67,6 +67,8 @@ def synthesize(
 
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out} is not empty", hint="a release is never overwritten: name a new directory")
+    if options["max_auc"] is not None and options["no_audit"]:
+        raise ConfigError("--max-auc needs the audit", hint="drop --no-audit")
     torch.set_num_threads(options["threads"])
     private = datasets.load(data, split="all", limit=limit)
     public, test = (datasets.load(d, split="all", limit=limit) if d else None for d in (public_data, test_data))
@@ -129,13 +131,9 @@ def _summary(card: ReleaseCard, out: Path) -> str:
 
 
 def _refuse_above(card: ReleaseCard, max_auc: float | None) -> None:
-    from edgepriv.errors import ConfigError, RiskThresholdError
+    from edgepriv.errors import RiskThresholdError
 
-    if max_auc is None:
-        return
-    if card.audit is None:
-        raise ConfigError("--max-auc needs the audit", hint="drop --no-audit")
-    if card.audit["auc"] > max_auc:
+    if max_auc is not None and card.audit and card.audit["auc"] > max_auc:
         raise RiskThresholdError(
             f"{card.audit['strongest']} reaches AUC {card.audit['auc']:.3f}, above {max_auc:g}",
             hint="raise --noise-ratio, or release generator samples with --mode prior",

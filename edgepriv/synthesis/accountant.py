@@ -51,8 +51,8 @@ class LossDistribution:
 
     def delta(self, epsilon: float) -> float:
         """Smallest delta for which (epsilon, delta) holds."""
-        excess = np.clip(-np.expm1(epsilon - self.losses), 0.0, None)
-        return float(min(1.0, self.weights @ excess))
+        above = self.losses > epsilon
+        return float(min(1.0, self.weights[above] @ -np.expm1(epsilon - self.losses[above])))
 
     def epsilon(self, delta: float) -> float:
         """Smallest epsilon for which (epsilon, delta) holds, by bisection to 1e-6."""

@@ -91,7 +91,7 @@ class _PlainTrainer:
 
     def __init__(self, vae: Vae, seed: int) -> None:
         self.vae, self.seed = vae, seed
-        self.optimizer: Any = torch.optim.AdamW(vae.parameters(), lr=vae.config.learning_rate)
+        self.optimizer: Any = torch.optim.AdamW(vae.parameters(), lr=vae.config.learning_rate, fused=True)
         self.inner: Any = self.optimizer
         self.call: Any = vae
 
@@ -101,7 +101,7 @@ class _PlainTrainer:
 
     def epoch(self, x: torch.Tensor, y: torch.Tensor, epoch: int) -> None:
         """Make one pass over the records."""
-        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        draw = torch.Generator().manual_seed(_seed(self.seed, epoch, 0))
         for rows in self.batches(len(x), draw):
             keep = 1.0 if len(rows) else 0.0  # an empty Poisson batch still takes its noisy step
             rows = rows.to(x.device) if len(rows) else torch.zeros(1, dtype=torch.int64, device=x.device)  # noqa: PLW2901
@@ -154,7 +154,7 @@ class _DpTrainer(_PlainTrainer):
 
     def epoch(self, x: torch.Tensor, y: torch.Tensor, epoch: int) -> None:
         """Make one pass; the optimiser's noise is seeded by (seed, epoch) as everything else is."""
-        self.optimizer.generator = torch.Generator(x.device).manual_seed(self.seed * 1_000_003 + epoch + 500_009)
+        self.optimizer.generator = torch.Generator(x.device).manual_seed(_seed(self.seed, epoch, 1))
         with warnings.catch_warnings():  # opacus hooks layers whose input needs no gradient; torch warns of that
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
             super().epoch(x, y, epoch)
@@ -188,6 +188,11 @@ def _spent(sigma: float, rate: float, steps: int, delta: float) -> float:
     accountant = pld.PLDAccountant(value_discretization_interval=1e-3)
     event = dp_event.PoissonSampledDpEvent(rate, dp_event.GaussianDpEvent(sigma))
     return float(accountant.compose(event, steps).get_epsilon(delta))
+
+
+def _seed(seed: int, epoch: int, use: int) -> int:
+    """Independent streams for each epoch and use, within torch's 63 bits."""
+    return int(np.random.SeedSequence((seed, epoch, use)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def _steps_per_epoch(rate: float) -> int:

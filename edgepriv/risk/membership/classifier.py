@@ -78,7 +78,7 @@ def accuracy(model: nn.Module, images: NDArray[np.uint8], labels: NDArray[np.int
 
 
 def _fit(model: nn.Module, x: torch.Tensor, y: torch.Tensor, recipe: Recipe, seed: int) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, fused=True)
     draw = torch.Generator().manual_seed(seed + 1)
     for _ in range(recipe.epochs):
         for batch in torch.split(torch.randperm(len(x), generator=draw).to(x.device), recipe.batch_size):

@@ -1,0 +1,259 @@
+"""``edgepriv audit membership`` and ``edgepriv synthesize`` as a user calls them, with right and with wrong input."""
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from edgepriv import cli, datasets
+from edgepriv.risk.membership.classifier import Recipe, train_classifier
+from edgepriv.risk.membership.onnx_model import OnnxClassifier
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Digits cut into public, test, members A and non-members B, and an over-fitted model of A."""
+    torch.set_num_threads(1)
+    path = tmp_path_factory.mktemp("membership")
+    data = datasets.load("digits", split="all")
+    order = np.random.default_rng(5).permutation(len(data))
+    images, labels = data.images[order], data.labels[order]
+    for name, start, end in (("pub", 0, 500), ("test", 500, 700), ("A", 700, 1250), ("B", 1250, 1797)):
+        np.savez(path / f"{name}.npz", images=images[start:end], labels=labels[start:end])
+    model = train_classifier(images[700:1250], labels[700:1250], 10, Recipe(epochs=60), seed=1)
+    write_onnx(path / "m.onnx", model)
+    return path
+
+
+def write_onnx(path, model, softmax=False):
+    names, nodes, weights = ["flat"], [helper.make_node("Flatten", ["x"], ["flat"])], []
+    for i, layer in enumerate(m for m in model if isinstance(m, torch.nn.Linear)):
+        weights += [numpy_helper.from_array(layer.weight.detach().numpy(), f"w{i}")]
+        weights += [numpy_helper.from_array(layer.bias.detach().numpy(), f"b{i}")]
+        nodes.append(helper.make_node("Gemm", [names[-1], f"w{i}", f"b{i}"], [f"g{i}"], transB=1))
+        nodes.append(helper.make_node("Relu", [f"g{i}"], [f"r{i}"]))
+        names.append(f"r{i}")
+    last = nodes.pop().input[0]
+    if softmax:
+        nodes.append(helper.make_node("Softmax", [last], ["p"]))
+        last = "p"
+    graph = helper.make_graph(
+        nodes, "m", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 1, 8, 8])],
+        [helper.make_tensor_value_info(last, TensorProto.FLOAT, ["n", 10])], weights,
+    )  # fmt: skip
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+
+
+def call(capsys, *argv):
+    """Exit code, standard output and standard error of one command."""
+    with pytest.raises(SystemExit) as ended:
+        cli.run(cli.root, "edgepriv", [str(a) for a in argv])
+    out = capsys.readouterr()
+    return ended.value.code, out.out, out.err
+
+
+def test_shadows_of_a_named_architecture_find_the_leak_and_end_with_code_3(capsys, folder):
+    code, out, _ = call(
+        capsys, "audit", "membership", "--model", folder / "m.onnx", "--members", folder / "A.npz",
+        "--non-members", folder / "B.npz", "--arch", "auto", "--epochs", 60, "--json", "--threads", 1,
+    )  # fmt: skip
+    document = json.loads(out)
+    assert code == 3
+    assert document["schema"] == "edgepriv.audit-membership/1"
+    assert document["auc"] > 0.6
+    assert document["strongest"] in {"rmia_all", "rmia_out", "lira"}
+    assert document["above_threshold"]
+    assert document["null_interval"][0] < document["null_auc"] < document["null_interval"][1]
+
+
+def test_without_shadows_only_weak_attacks_run_and_the_verdict_says_so(capsys, folder):
+    code, out, _ = call(
+        capsys, "audit", "membership", "--model", folder / "m.onnx", "--members", folder / "A.npz",
+        "--non-members", folder / "B.npz",
+    )  # fmt: skip
+    assert code == 0
+    assert "Weak evidence" in out
+    assert "quantile" in out
+    assert "label_only" in out
+
+
+def test_shadow_scores_from_a_file_are_used(capsys, folder):
+    rng = np.random.default_rng(0)
+    count = 550 + 547 - 547 // 3
+    np.savez(folder / "s.npz", masks=rng.random((16, count)) < 0.5, margins=rng.normal(size=(16, count)))
+    argv = [
+        "audit", "membership", "--model", folder / "m.onnx", "--members", folder / "A.npz", "--non-members",
+        folder / "B.npz", "--max-auc", 1, "--max-tpr", 1, "--json", "--shadow-scores",
+    ]  # fmt: skip
+    code, out, _ = call(capsys, *argv, folder / "s.npz")
+    assert code == 0
+    assert "lira" in {row["attack"] for row in json.loads(out)["attacks"]}
+    np.savez(folder / "few.npz", masks=np.ones((6, count), bool), margins=np.ones((6, count)))
+    assert "too few for a false-positive rate" in call(capsys, *argv, folder / "few.npz")[2]
+    np.savez(folder / "short.npz", masks=np.ones((16, 9), bool), margins=np.ones((16, 9)))
+    assert "records" in call(capsys, *argv, folder / "short.npz")[2]
+    (folder / "junk.npz").write_bytes(b"junk")
+    assert call(capsys, *argv, folder / "junk.npz")[0] == 65
+    assert call(capsys, *argv, folder / "absent.npz")[0] == 66
+
+
+def synthesize(folder, out, *more):
+    return (
+        "synthesize", "--data", folder / "A.npz", "--public-data", folder / "pub.npz", "--test-data",
+        folder / "test.npz", "--out", out, "--no-audit", "--threads", 1, "--vae-epochs", 40, *more,
+    )  # fmt: skip
+
+
+def test_the_released_set_attack_finds_a_release_without_noise_and_not_one_with(capsys, folder, tmp_path):
+    verdicts = {}
+    for mode in ("noised", "unsafe_no_noise"):
+        assert call(capsys, *synthesize(folder, tmp_path / mode, "--mode", mode))[0] == 0
+        code, out, _ = call(
+            capsys, "audit", "membership", "--release", tmp_path / mode, "--members", folder / "A.npz",
+            "--non-members", folder / "B.npz", "--json",
+        )  # fmt: skip
+        verdicts[mode] = (code, json.loads(out))
+    assert verdicts["unsafe_no_noise"][0] == 3
+    assert verdicts["unsafe_no_noise"][1]["auc"] >= 0.85
+    assert verdicts["noised"][0] == 0
+    assert verdicts["noised"][1]["auc"] < 0.6
+
+
+def test_a_release_whose_vae_stayed_at_home_gives_only_a_weak_verdict(capsys, folder, tmp_path):
+    call(capsys, *synthesize(folder, tmp_path / "r", "--drop-vae"))
+    code, out, _ = call(
+        capsys, "audit", "membership", "--release", tmp_path / "r", "--members", folder / "A.npz",
+        "--non-members", folder / "B.npz",
+    )  # fmt: skip
+    assert code == 0
+    assert "Weak evidence" in out
+
+
+def test_a_vae_of_private_records_stays_and_its_release_claims_nothing(capsys, folder, tmp_path):
+    out = tmp_path / "r"
+    code, text, _ = call(capsys, *synthesize(folder, out, "--vae", "private"))
+    assert code == 0
+    assert not (out / "vae.safetensors").exists()
+    everything = text + (out / "card.json").read_text() + (out / "card.html").read_text()
+    assert "differentially" not in everything.lower()
+    assert "saw the private records" in everything
+
+
+def test_a_dp_trained_vae_is_named_with_its_budget(capsys, folder, tmp_path):
+    out = tmp_path / "r"
+    code, _, _ = call(capsys, *synthesize(folder, out, "--vae", "dp", "--vae-epsilon", 4, "--vae-epochs", 2))
+    card = json.loads((out / "card.json").read_text())
+    assert code == 0
+    assert card["vae_trained_on"] == "dp"
+    assert card["vae_budget"] == [4.0, 1e-05]
+    assert card["epsilon"] > 8.0  # twice the budget of add-or-remove-one, and the noise
+    assert "DP-SGD" in card["claim"]
+
+
+def test_the_same_seed_repeats_a_release_and_no_seed_does_not(capsys, folder, tmp_path):
+    for name, more in (("a", ("--seed", 3)), ("b", ("--seed", 3)), ("c", ()), ("d", ())):
+        call(capsys, *synthesize(folder, tmp_path / name, "--vae-epochs", 2, *more))
+    pictures = {name: datasets.load(tmp_path / name, split="all").images for name in "abcd"}
+    assert (pictures["a"] == pictures["b"]).all()
+    assert (pictures["c"] != pictures["d"]).any()
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "words"),
+    [
+        (("--epsilon", 0), 78, "epsilon must be a positive number"),
+        (("--epsilon", -1), 78, "epsilon must be a positive number"),
+        (("--noise-ratio", 0), 78, "noise ratio must be a positive number"),
+        (("--noise-ratio", 2, "--epsilon", 1), 78, "not both"),
+        (("--latent-dim", 600), 65, "fewer than the 600 latent dimensions"),
+        (("--vae", "dp"), 78, "needs its epsilon"),
+        (("--label-epsilon", 0), 78, "label epsilon"),
+        (("--max-auc", 0.5), 78, "needs the audit"),
+    ],
+)
+def test_a_wrong_setting_of_synthesize_is_a_clear_error(capsys, folder, tmp_path, more, code, words):
+    found = call(capsys, *synthesize(folder, tmp_path / "r", "--vae-epochs", 1, *more))
+    assert found[0] == code
+    assert words in found[2]
+    assert not (tmp_path / "r").exists()
+
+
+def test_missing_classes_and_data_that_are_no_pictures_are_clear_errors(capsys, folder, tmp_path):
+    data = np.load(folder / "A.npz")
+    some = data["labels"] != 4
+    np.savez(tmp_path / "no4.npz", images=data["images"][some], labels=data["labels"][some])
+    np.savez(tmp_path / "low.npz", images=data["images"][data["labels"] < 5], labels=data["labels"][data["labels"] < 5])
+    np.savez(tmp_path / "sound.npz", images=np.zeros((50, 9)), labels=np.zeros(50, np.int64))
+    (tmp_path / "text.npz").write_text("these are no pictures")
+    cases = [
+        (("--data", tmp_path / "no4.npz"), 65, "no private image of class 4"),
+        (("--data", tmp_path / "sound.npz"), 65, "must be uint8"),
+        (("--data", tmp_path / "text.npz"), 65, "not a release"),
+        (("--data", tmp_path / "absent"), 66, "no such data set"),
+        (("--data", folder / "A.npz", "--public-data", tmp_path / "low.npz"), 65, "no image of class"),
+    ]
+    for argv, code, words in cases:
+        found = call(capsys, "synthesize", *argv, "--out", tmp_path / "out", "--no-audit", "--vae-epochs", 1)
+        assert (found[0], words in found[2]) == (code, True), found
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "words"),
+    [
+        (("--members", "A.npz", "--non-members", "A.npz", "--model", "m.onnx"), 65, "both among the members"),
+        (("--members", "A.npz", "--non-members", "B.npz"), 78, "either --model or --release"),
+        (("--members", "A.npz", "--non-members", "B.npz", "--model", "absent"), 66, "no such model"),
+        (("--members", "A.npz", "--non-members", "B.npz", "--model", "A.npz"), 65, "not an ONNX model"),
+        (
+            ("--members", "A.npz", "--non-members", "B.npz", "--model", "m.onnx", "--fpr", "0.001"),
+            65,
+            "too few to read",
+        ),
+        (("--members", "A.npz", "--non-members", "B.npz", "--release", "absent"), 66, "no such"),
+    ],
+)
+def test_wrong_input_to_the_audit_is_a_clear_error(capsys, folder, argv, code, words):
+    argv = [a if a.startswith("--") or a[0].isdigit() else folder / a for a in argv]
+    found = call(capsys, "audit", "membership", *argv)
+    assert found[0] == code
+    assert words in found[2]
+
+
+def test_eight_shadows_are_too_few_for_one_per_cent(capsys, folder):
+    code, _, err = call(
+        capsys, "audit", "membership", "--model", folder / "m.onnx", "--members", folder / "A.npz",
+        "--non-members", folder / "B.npz", "--arch", "auto", "--shadows", 8,
+    )  # fmt: skip
+    assert code == 78
+    assert "train at least 12 shadows" in err
+
+
+def test_probabilities_and_logits_of_one_model_give_the_same_margins(folder, tmp_path):
+    from edgepriv.risk.membership.scores import margin
+
+    data = datasets.load(folder / "A.npz", split="all", limit=100)
+    model = train_classifier(data.images, data.labels, 10, Recipe(epochs=5), seed=1)
+    write_onnx(tmp_path / "logits.onnx", model)
+    write_onnx(tmp_path / "softmax.onnx", model, softmax=True)
+    found = [
+        margin(OnnxClassifier(tmp_path / f"{kind}.onnx").logits(data.images), data.labels)
+        for kind in ("logits", "softmax")
+    ]
+    assert np.allclose(*found, atol=1e-3)
+
+
+def test_a_run_that_was_cut_resumes_its_vae(capsys, folder, tmp_path, monkeypatch):
+    from edgepriv.synthesis import generator
+
+    out = tmp_path / "r"
+    with monkeypatch.context() as patch:
+        patch.setattr(generator, "synthesize", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert call(capsys, *synthesize(folder, out, "--vae-epochs", 3))[0] == 130
+    assert (tmp_path / "r.vae-checkpoint").exists()
+    code, _, err = call(capsys, *synthesize(folder, out, "--vae-epochs", 3))
+    assert code == 0
+    assert "VAE" not in err  # nothing was left to train
+    assert not (tmp_path / "r.vae-checkpoint").exists()
