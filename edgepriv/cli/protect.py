@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgepriv.cli.protect_audit import audit
 from edgepriv.cli.protect_data import InputForm, input_form, load_samples
 from edgepriv.errors import ConfigError
 
@@ -31,6 +32,9 @@ class DefaultGroup(click.Group):
 @click.group(cls=DefaultGroup, invoke_without_command=False)
 def protect() -> None:
     """Encrypt a few per cent of a model: `protect MODEL ...`, or `protect audit DIR` to attack a protected one."""
+
+
+protect.add_command(audit)
 
 
 @protect.command("model", short_help="Protect MODEL (the default command).")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import numpy_helper
 
 from edgepriv.errors import DataError, MissingFileError
 from edgepriv.selective_encryption import onnx_bytes
@@ -86,12 +86,24 @@ def normalised(model: onnx.ModelProto) -> onnx.ModelProto:
         tensor.name = node.output[0]
         graph.initializer.append(tensor)
         graph.node.remove(node)
+    _copy_shared(graph)
     for tensor in graph.initializer:
         if not tensor.HasField("raw_data") and tensor.data_type != onnx.TensorProto.STRING:
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name))
         del tensor.external_data[:]
         tensor.ClearField("data_location")
     return copy
+
+
+def _copy_shared(graph: Any) -> None:
+    """Give each Identity of an initializer (how exporters share equal weights) a tensor of its own."""
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    for node in [node for node in graph.node if node.op_type == "Identity" and node.input[0] in tensors]:
+        tensor = onnx.TensorProto()
+        tensor.CopyFrom(tensors[node.input[0]])
+        tensor.name = node.output[0]
+        graph.initializer.append(tensor)
+        graph.node.remove(node)
 
 
 def fold_batchnorm(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
@@ -252,6 +264,22 @@ def regions(files: Mapping[str, bytes], chosen: list[Layer]) -> list[Region]:
     return found
 
 
-def initializer_text(model: onnx.ModelProto) -> dict[str, str]:
-    """Element type of each initializer, for messages and the manifest."""
-    return {t.name: helper.tensor_dtype_to_string(t.data_type) for t in model.graph.initializer}
+def from_files(files: Mapping[str, Any]) -> onnx.ModelProto:
+    """Read back what `file_bytes` wrote, from memory: graph first, external files after it."""
+    names = list(files)
+    model = onnx.load_from_string(bytes(files[names[0]]))
+    spans = {item.name: item for item in onnx_bytes.parse(bytes(files[names[0]])).initializers}
+    for tensor in model.graph.initializer:
+        item = spans[tensor.name]
+        if item.location:
+            raw = files[item.location][item.offset : item.offset + item.length]
+            tensor.raw_data = bytes(raw)
+            tensor.ClearField("data_location")
+            del tensor.external_data[:]
+    return model
+
+
+def differing_units(one: onnx.ModelProto, other: onnx.ModelProto, chosen: list[Layer]) -> dict[str, NDArray[np.bool_]]:
+    """Which units of each layer differ between two models: the encrypted ones, seen by their owner."""
+    pairs = ((layer, weight_rows(one, layer), weight_rows(other, layer)) for layer in chosen)
+    return {layer.name: np.any(a != b, axis=1) for layer, a, b in pairs}

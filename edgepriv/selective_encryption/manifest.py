@@ -117,7 +117,7 @@ def encode_manifest(manifest: Manifest, issuer: Identity) -> bytes:
         "trainable": list(manifest.trainable),
         "about": manifest.about,
     }
-    return _sign(body, "model-manifest", issuer)
+    return sign_body(body, "model-manifest", issuer)
 
 
 def decode_manifest(signed: bytes, issuers: Collection[bytes]) -> Manifest:
@@ -128,7 +128,7 @@ def decode_manifest(signed: bytes, issuers: Collection[bytes]) -> Manifest:
         TrustError: signed by nobody who is pinned.
         AuthenticationError: altered.
     """
-    body, _ = _verified(signed, "model-manifest", SCHEMA, issuers)
+    body, _ = open_signed(signed, "model-manifest", SCHEMA, issuers)
     try:
         return _manifest(body)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
@@ -228,12 +228,12 @@ def grant(
         raise TrustError("the permission would already have expired", hint="choose a later --expires")
     fields = _permission_fields(binding, level, device.x25519, now_s, expires_s)
     wrapped = primitives.hpke_wrap(device.x25519, key, _hpke_info(fields))
-    return _sign({**fields, "wrapped": wrapped}, "model-permission", issuer)
+    return sign_body({**fields, "wrapped": wrapped}, "model-permission", issuer)
 
 
 def decode_permission(signed: bytes, issuers: Collection[bytes]) -> Permission:
     """Verify a permission's signature and read it; see `open_permission` for the rest of the checks."""
-    body, _ = _verified(signed, "model-permission", PERMISSION_SCHEMA, issuers)
+    body, _ = open_signed(signed, "model-permission", PERMISSION_SCHEMA, issuers)
     try:
         return Permission(
             _binding(body),
@@ -290,12 +290,20 @@ def _hpke_info(fields: dict[str, Any]) -> bytes:
     return b"edgepriv/model-key/v1\x00" + cbor2.dumps(fields, canonical=True)
 
 
-def _sign(body: dict[str, Any], use: str, issuer: Identity) -> bytes:
+def sign_body(body: dict[str, Any], use: str, issuer: Identity) -> bytes:
+    """Sign a CBOR map for one use, with the signer's public key beside it."""
     raw = cbor2.dumps(body, canonical=True)
     return cbor2.dumps([raw, issuer.public.ed25519, issuer.sign(use, raw)], canonical=True)
 
 
-def _verified(signed: bytes, use: str, schema: str, issuers: Collection[bytes]) -> tuple[dict[str, Any], bytes]:
+def open_signed(signed: bytes, use: str, schema: str, issuers: Collection[bytes]) -> tuple[dict[str, Any], bytes]:
+    """Verify a signed map and its schema; returns it with the signer's key.
+
+    Raises:
+        DataError: not such an object.
+        TrustError: signed by nobody who is pinned.
+        AuthenticationError: altered.
+    """
     raw, issuer, signature = _parts(signed)
     if issuer not in issuers:
         raise TrustError("signed by somebody who is not a pinned model issuer", hint="check --issuer or trust.cbor")

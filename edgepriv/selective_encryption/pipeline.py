@@ -206,6 +206,7 @@ def _report(
         "selection": used,
         "scope": options.scope,
         "decoys": options.decoys,
+        "dense": options.dense,
         "mode": options.mode,
         "batchnorm_folded": folded,
         "share": made.share,

@@ -1,0 +1,490 @@
+"""Models on a device: stage, verify, self-test, switch atomically, roll back. No network, thread or clock of its own.
+
+State machine, one small file (``state.json``) that is replaced atomically; everything else is immutable folders:
+
+* ``current`` is what runs; ``last_good`` stays pinned on the disk as long as it is allowed (``min_version``, revoked).
+* ``stage`` unpacks a bundle beside them; ``verify`` checks signatures, version, permission and the verdict against
+  the exact bytes that will run; ``self_test`` runs golden inputs (accuracy, latency, memory); ``switch`` makes it
+  current *on trial*; ``confirm`` ends the trial and only then raises ``min_version``.
+* A failure at any point leaves ``current`` as it was, stores the reason and reports it; the same bundle is not tried
+  again. A cut of power leaves one of the states above: `recover` rolls an unconfirmed trial back after two attempts.
+* Health is local golden inference, never connectivity: a bad network must not roll a good model back.
+
+A delivery is a CBOR map of files (see `pack`): the protected model, ``golden.cbor`` and ``delivery.cbor``, which the
+issuer signs over the digests of the others, and the risk service's ``verdict.cbor``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import cbor2
+import numpy as np
+
+from edgepriv.errors import DataError, EdgeprivError, MissingFileError, RefusedError, TrustError, WireError
+from edgepriv.selective_encryption import bundle_files, manifest
+from edgepriv.selective_encryption.restore import open_level
+from edgepriv.wire import cbor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping
+    from pathlib import Path
+
+    from edgepriv.keys import Identity
+    from edgepriv.selective_encryption.restore import Restored
+
+    Runner = Callable[[Restored], Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]]
+
+SCHEMA = "edgepriv.delivery/1"
+DELIVERY, GOLDEN, VERDICT, PERMISSION = "delivery.cbor", "golden.cbor", "verdict.cbor", "permission"
+VERDICT_USE, GOOD_VERDICT = "verdict", "low leakage"
+MAX_DELIVERY_BYTES = 8 << 30
+MAX_REASONS = 32
+MAX_ATTEMPTS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the self-test demands: accuracy on the golden inputs, time and memory of one inference."""
+
+    min_accuracy: float = 0.0
+    max_latency_s: float = 60.0
+    max_rss_bytes: int = 1 << 40
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """Whom the device believes, from its pinned ``trust.cbor``."""
+
+    issuers: Collection[bytes]
+    risk_keys: Collection[bytes]
+    require_verdict: bool = False
+    revoked: Collection[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """The whole durable state."""
+
+    current: str = ""
+    last_good: str = ""
+    trial: str = ""
+    attempts: int = 0
+    min_version: dict[str, int] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    floor_s: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One self-test."""
+
+    accuracy: float
+    latency_s: float
+    rss_bytes: int
+
+
+class ModelStore:
+    """The models of one device under ``folder``.
+
+    Args:
+        folder: private to the device.
+        identity: opens permissions.
+        trust: whom to believe.
+        log: takes one line for each event.
+    """
+
+    def __init__(
+        self, folder: Path, identity: Identity, trust: Trust, *, log: Callable[[str], None] = lambda _: None
+    ) -> None:
+        self.folder, self.identity, self.trust, self._log = folder, identity, trust, log
+        (folder / "versions").mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.state = self._read()
+
+    # --- durable state ---------------------------------------------------------------------------------------
+
+    def _read(self) -> State:
+        path = self.folder / "state.json"
+        if not path.is_file():
+            return State()
+        try:
+            return State(**json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{path} is damaged", hint="remove the folder and fetch the model again") from error
+
+    def _write(self, state: State) -> None:
+        """Replace the state file; after this returns, a cut of power cannot lose it."""
+        path = self.folder / "state.json"
+        part = path.with_suffix(".part")
+        with part.open("w") as file:
+            json.dump(asdict(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        _sync_folder(self.folder)
+        self.state = state
+
+    def raise_floor(self, seconds: int) -> None:
+        """Note the latest time that a trusted signature stated; it never goes back."""
+        if seconds > self.state.floor_s:
+            self._write(replace(self.state, floor_s=seconds))
+
+    def _refuse(self, name: str, reason: str) -> None:
+        refused = dict(list({**self.state.refused, name: reason}.items())[-MAX_REASONS:])
+        self._write(replace(self.state, refused=refused, trial="", attempts=0))
+        self._log(f"model {name[:12]} refused: {reason}")
+
+    # --- one delivery, step by step --------------------------------------------------------------------------
+
+    def stage(self, delivery: Path, permission: bytes | None = None) -> str:
+        """Unpack a fetched delivery beside the running model; returns its name (SHA-256 of the file, hex).
+
+        Raises:
+            RefusedError: it was refused before.
+            DataError: not a delivery, or the disk has no room for it.
+        """
+        name = _file_digest(delivery)
+        if name in self.state.refused:
+            raise RefusedError(f"this delivery was refused before: {self.state.refused[name]}")
+        place = self._place(name)
+        if not place.is_dir():
+            size = delivery.stat().st_size
+            if shutil.disk_usage(self.folder).free < 2 * size:
+                raise DataError(f"no room to stage {size} bytes", hint="free the disk; the running model is untouched")
+            part = place.with_name(place.name + ".part")
+            shutil.rmtree(part, ignore_errors=True)
+            _unpack(delivery.read_bytes(), part)
+            part.rename(place)
+            _sync_folder(place.parent)
+        if permission is not None:
+            _write_durably(place / PERMISSION, permission)
+        return name
+
+    def verify(self, name: str) -> None:
+        """Check everything that can be checked without running it.
+
+        Raises:
+            EdgeprivError: the reason; the caller refuses the delivery.
+        """
+        paper, _ = self._papers(name)
+        body = self._delivery(name)
+        lowest = self.state.min_version.get(paper.name, 0)
+        if paper.binding.version < lowest:
+            raise TrustError(f"version {paper.binding.version} is older than {lowest}, which ran here before")
+        running = self._version(self.state.current, paper.name)
+        if running is not None and paper.binding.version <= running and name != self.state.current:
+            raise TrustError(f"version {paper.binding.version} does not follow the running version {running}")
+        if name in self.trust.revoked or paper.binding.carrier.hex() in self.trust.revoked:
+            raise TrustError("the model is revoked")
+        for file_name, digest in body["files"].items():
+            if hashlib.sha256((self._place(name) / file_name).read_bytes()).digest() != digest:
+                raise DataError(f"{file_name} is not the file that was signed", hint="fetch the model again")
+        restored = self.open(name)
+        restored.wipe()
+        if self.trust.require_verdict:
+            self._check_verdict(name, restored.digest)
+
+    def self_test(self, name: str, run: Runner, *, clock: Callable[[], float], rss: Callable[[], int]) -> Measured:
+        """Run the golden inputs on exactly the bytes that will run; never the network.
+
+        Args:
+            name: a verified delivery.
+            run: makes a function ``inputs -> logits`` from a restored model.
+            clock: monotonic seconds.
+            rss: resident bytes of this process.
+
+        Raises:
+            RefusedError: too inaccurate, too slow or too large.
+        """
+        golden, limits = self._golden(name), Limits(**self._delivery(name)["limits"])
+        infer = run(self.open(name))
+        infer(golden[0][:1])  # the first inference pays for lazy set-up
+        times, right = [], 0
+        for one, label in zip(golden[0], golden[1], strict=True):
+            began = clock()
+            right += int(np.argmax(infer(one[None])) == label)
+            times.append(clock() - began)
+        found = Measured(right / len(times), float(np.median(times)), rss())
+        _judge(found, limits)
+        return found
+
+    def switch(self, name: str) -> None:
+        """Make a tested delivery the running one, on trial; one atomic write."""
+        state = self.state
+        last_good = state.current if state.current != name else state.last_good
+        self._write(replace(state, current=name, last_good=last_good, trial=name, attempts=0))
+        self._log(f"model {name[:12]} runs on trial")
+
+    def confirm(self) -> None:
+        """End the trial after a health pass: only now older versions become forbidden."""
+        state = self.state
+        if not state.trial:
+            return
+        paper, _ = self._papers(state.current)
+        lowest = {**state.min_version, paper.name: paper.binding.version}
+        self._write(replace(state, trial="", attempts=0, min_version=lowest))
+        self.raise_floor(paper.issued_s)
+        self._log(f"model {state.current[:12]} is confirmed")
+        self._clean()
+
+    def roll_back(self, reason: str) -> str:
+        """Give up the trial: the last good model runs again, if it is still allowed; returns what runs.
+
+        Raises:
+            RefusedError: nothing is left that may run.
+        """
+        bad, good = self.state.current, self.state.last_good
+        refused = dict(list({**self.state.refused, bad: reason}.items())[-MAX_REASONS:])
+        allowed = bool(good) and self._allowed(good)
+        self._write(replace(self.state, current=good if allowed else "", trial="", attempts=0, refused=refused))
+        self._log(f"model {bad[:12]} rolled back: {reason}")
+        if not allowed:
+            raise RefusedError(f"rolled back ({reason}), and no good model is left", hint="fetch a model")
+        return good
+
+    def recover(self) -> str:
+        """After a start: finish or undo what a cut of power left; returns what runs ("" if nothing)."""
+        for part in (self.folder / "versions").glob("*.part"):
+            shutil.rmtree(part, ignore_errors=True)
+        state = self.state
+        if state.trial and state.attempts >= MAX_ATTEMPTS:
+            return self.roll_back("the device went down twice during the trial")
+        if state.trial:
+            self._write(replace(state, attempts=state.attempts + 1))
+        return self.state.current
+
+    def install(
+        self,
+        delivery: Path,
+        permission: bytes | None,
+        run: Runner,
+        *,
+        clock: Callable[[], float],
+        rss: Callable[[], int],
+    ) -> Measured:
+        """Stage, verify, test and switch; any failure is stored as the reason, and ``current`` stays.
+
+        Raises:
+            EdgeprivError: the reason.
+        """
+        name = self.stage(delivery, permission)
+        try:
+            self.verify(name)
+            measured = self.self_test(name, run, clock=clock, rss=rss)
+        except EdgeprivError as error:
+            self._refuse(name, str(error))
+            self._clean()
+            raise
+        self.switch(name)
+        return measured
+
+    # --- what runs -------------------------------------------------------------------------------------------
+
+    def open(self, name: str = "") -> Restored:
+        """Open a staged delivery (default: the current one) with its permission, in memory.
+
+        Raises:
+            EdgeprivError: see `restore.open_level`; no session can start on decoys.
+        """
+        name = name or self.state.current
+        if not name:
+            raise MissingFileError("no model is installed", hint="edgepriv model pull")
+        paper, signed = self._papers(name)
+        stored = bundle_files.read_stored(self._place(name), paper)
+        permission = self._place(name) / PERMISSION
+        if not permission.is_file():
+            raise TrustError("no permission for this model", hint="ask the owner: edgepriv grant")
+        now_s = max(self.state.floor_s, paper.issued_s)
+        return open_level(signed, permission.read_bytes(), stored, self.identity, self.trust.issuers, now_s=now_s)
+
+    def report(self) -> dict[str, Any]:
+        """What the device tells about its models: what runs, and why others do not."""
+        paper = self._papers(self.state.current)[0] if self.state.current else None
+        return {
+            "model": paper.name if paper else "",
+            "version": paper.binding.version if paper else 0,
+            "digest": self.state.current,
+            "trial": bool(self.state.trial),
+            "refused": dict(self.state.refused),
+        }
+
+    # --- parts -----------------------------------------------------------------------------------------------
+
+    def _place(self, name: str) -> Path:
+        return self.folder / "versions" / name
+
+    def _papers(self, name: str) -> tuple[manifest.Manifest, bytes]:
+        return bundle_files.read_manifest(self._place(name), self.trust.issuers)
+
+    def _delivery(self, name: str) -> dict[str, Any]:
+        path = self._place(name) / DELIVERY
+        if not path.is_file():
+            raise DataError(f"the delivery lacks {DELIVERY}")
+        body, _ = manifest.open_signed(path.read_bytes(), "model-delivery", SCHEMA, self.trust.issuers)
+        files, limits = body.get("files"), body.get("limits")
+        names_ok = isinstance(files, dict) and all(_bare(n) and isinstance(d, bytes) for n, d in files.items())
+        if not names_ok or not isinstance(limits, dict) or set(limits) - set(Limits.__slots__):
+            raise DataError("the delivery's signed list is malformed")
+        if not {bundle_files.MANIFEST, GOLDEN} <= set(body["files"]):
+            raise DataError("the delivery's signed list lacks the manifest or the golden inputs")
+        return body
+
+    def _golden(self, name: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        try:
+            fields = cbor2.loads((self._place(name) / GOLDEN).read_bytes())
+            inputs = np.frombuffer(fields["inputs"], "<f4").reshape(fields["shape"])
+            return inputs, np.asarray(fields["labels"], np.int64)
+        except (KeyError, TypeError, ValueError, OSError, cbor2.CBORDecodeError) as error:
+            raise DataError("the golden inputs are malformed") from error
+
+    def _check_verdict(self, name: str, digest: bytes) -> None:
+        path = self._place(name) / VERDICT
+        if not path.is_file():
+            raise TrustError("the model has no verdict of the risk service, and the owner's policy demands one")
+        fields = read_verdict(path.read_bytes(), self.trust.risk_keys)
+        if fields["model"] != digest:
+            raise TrustError("the verdict is of other bytes than those that would run")
+        if fields["expires"] <= self.state.floor_s:
+            raise TrustError("the verdict has expired")
+        if fields["verdict"] != GOOD_VERDICT:
+            raise TrustError(f"the verdict is {fields['verdict']!r}")
+        self.raise_floor(int(fields["issued"]))
+
+    def _version(self, name: str, model: str) -> int | None:
+        if not name:
+            return None
+        paper, _ = self._papers(name)
+        return paper.binding.version if paper.name == model else None
+
+    def _allowed(self, name: str) -> bool:
+        """Whether the last good model may run again: still there, not revoked, not below ``min_version``."""
+        try:
+            paper, _ = self._papers(name)
+        except EdgeprivError:
+            return False
+        revoked = name in self.trust.revoked or paper.binding.carrier.hex() in self.trust.revoked
+        return not revoked and paper.binding.version >= self.state.min_version.get(paper.name, 0)
+
+    def _clean(self) -> None:
+        """Remove staged folders that are neither running nor pinned."""
+        keep = {self.state.current, self.state.last_good, self.state.trial}
+        for place in (self.folder / "versions").iterdir():
+            if place.name not in keep:
+                shutil.rmtree(place, ignore_errors=True)
+
+
+def read_verdict(raw: bytes, risk_keys: Collection[bytes]) -> dict[str, Any]:
+    """Verify a verdict: CBOR ``[body, signature]``, Ed25519 by a risk key for the use ``verdict``.
+
+    Raises:
+        TrustError: not signed by a risk service that is trusted, or malformed.
+    """
+    from edgepriv import primitives
+    from edgepriv.errors import AuthenticationError
+
+    try:
+        body, signature = cbor.decode(raw, max_bytes=1 << 16)
+        fields = cbor.decode_map(body, max_bytes=1 << 16)
+    except (WireError, ValueError, TypeError) as error:
+        raise TrustError("the verdict is malformed") from error
+    wanted = {"model": bytes, "verdict": str, "issued": int, "expires": int}
+    if any(type(fields.get(key)) is not kind for key, kind in wanted.items()):
+        raise TrustError("the verdict is malformed")
+    for key in risk_keys:
+        try:
+            primitives.verify(key, VERDICT_USE, body, signature)
+        except AuthenticationError:
+            continue
+        return dict(fields)
+    raise TrustError("the verdict is not signed by a risk service that is trusted")
+
+
+def pack(
+    files: Mapping[str, bytes],
+    golden: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]],
+    limits: Limits,
+    issuer: Identity,
+    *,
+    verdict: bytes | None = None,
+) -> bytes:
+    """Make a delivery (owner side): the bundle's public files, golden inputs, signed list, verdict.
+
+    Args:
+        files: bundle files by name, ``manifest.cbor`` among them.
+        golden: inputs float32 [n, ...] and labels int64 [n].
+        limits: what the self-test demands.
+        issuer: signs the list.
+        verdict: the risk service's statement on the exact bytes, if there is one.
+    """
+    inputs = np.ascontiguousarray(golden[0], np.float32)
+    content = dict(files)
+    fields = {"inputs": inputs.tobytes(), "shape": list(inputs.shape), "labels": [int(v) for v in golden[1]]}
+    content[GOLDEN] = cbor2.dumps(fields, canonical=True)
+    digests = {name: hashlib.sha256(data).digest() for name, data in content.items()}
+    body = {"schema": SCHEMA, "files": digests, "limits": asdict(limits)}
+    content[DELIVERY] = manifest.sign_body(body, "model-delivery", issuer)
+    if verdict is not None:
+        content[VERDICT] = verdict
+    return cbor2.dumps({"schema": SCHEMA, "files": content})
+
+
+def _unpack(raw: bytes, folder: Path) -> None:
+    """Write a delivery's files under bare names, each flushed to the disk."""
+    try:
+        fields = cbor2.loads(raw)
+        files = fields["files"] if fields["schema"] == SCHEMA else None
+    except (cbor2.CBORDecodeError, KeyError, TypeError, ValueError) as error:
+        raise DataError("not a model delivery") from error
+    good = isinstance(files, dict) and all(_bare(n) and isinstance(c, bytes) for n, c in files.items())
+    if not good or not isinstance(files, dict):
+        raise DataError("not a model delivery: a file name is not a bare name")
+    folder.mkdir(mode=0o700)
+    for name, content in files.items():
+        _write_durably(folder / name, content)
+
+
+def _bare(name: Any) -> bool:
+    return isinstance(name, str) and 0 < len(name) < 128 and "/" not in name and not name.startswith(".")
+
+
+def _judge(found: Measured, limits: Limits) -> None:
+    if found.accuracy < limits.min_accuracy:
+        raise RefusedError(f"self-test: accuracy {found.accuracy:.3f} is below {limits.min_accuracy:.3f}")
+    if found.latency_s > limits.max_latency_s:
+        raise RefusedError(f"self-test: {1e3 * found.latency_s:.1f} ms is over {1e3 * limits.max_latency_s:.1f} ms")
+    if found.rss_bytes > limits.max_rss_bytes:
+        raise RefusedError(f"self-test: {found.rss_bytes} bytes of memory are over {limits.max_rss_bytes}")
+
+
+def _file_digest(path: Path) -> str:
+    if not path.is_file():
+        raise MissingFileError(f"no such delivery: {path}")
+    if path.stat().st_size > MAX_DELIVERY_BYTES:
+        raise DataError(f"{path} is larger than a delivery may be")
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _write_durably(path: Path, content: bytes) -> None:
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

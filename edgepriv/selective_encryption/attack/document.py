@@ -1,0 +1,160 @@
+"""The protect-audit document: everything that is measured on one protected model, under one schema."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgepriv.selective_encryption import carrier, decoys, protection
+from edgepriv.selective_encryption.attack import audit, detect
+from edgepriv.selective_encryption.select.choose import choose
+from edgepriv.selective_encryption.select.scores import random_scores
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from edgepriv.selective_encryption.calibrate import Samples
+    from edgepriv.selective_encryption.carrier import Layer
+
+SCHEMA = "edgepriv.protect-audit/1"
+LABELS = (20, 100)
+DATA_SHARES = (0.01, 0.1)
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is audited, in clear on the owner's machine.
+
+    ``original`` is the plain model, with its BatchNorm layers where the owner still has it so; ``layers`` its
+    convolutions; ``selected`` the encrypted units; ``kind`` the decoys; ``share`` of the convolution weights.
+    """
+
+    original: Any
+    layers: Sequence[Layer]
+    selected: Mapping[str, NDArray[np.bool_]]
+    kind: str
+    share: float
+
+
+def document(
+    subject: Subject,
+    data: Samples,
+    test: Samples,
+    *,
+    masked_quality: float,
+    plain_quality: float,
+    levels: Sequence[dict[str, Any]],
+    startup_ratio: float | None,
+    seeds: int = 2,
+    labels: Sequence[int] = LABELS,
+    shares: Sequence[float] = DATA_SHARES,
+    flip: bool = True,
+    detectors: Sequence[str] = detect.DETECTORS,
+    log: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Attack a protected model in every way of the list and write down what happened.
+
+    Args:
+        subject: the model.
+        data: what the attackers have, at most (labels used as counted).
+        test: what everybody is judged on.
+        masked_quality: of the carrier.
+        plain_quality: of the plain model.
+        levels: rows ``level, target, accuracy``.
+        startup_ratio: see `startup.ratio`; None where it was not measured.
+        seeds: attacker seeds; the worst counts.
+        labels: label counts.
+        shares: shares of ``data``, turned into label counts as well.
+        flip: whether mirrored pictures are still pictures of the class.
+        detectors: decoy detectors.
+        log: progress.
+    """
+    secret, model_id = np.random.default_rng(0).bytes(32), bytes(16)
+    pair = audit.targets(
+        subject.original, subject.layers, subject.selected, secret=secret, model_id=model_id, kind=subject.kind
+    )
+    counts = sorted({*labels, *(max(1, round(share * len(data.x))) for share in shares)})
+    attackers = audit.run_attacks(*pair, data, test, label_counts=counts, seeds=seeds, flip=flip, log=log)
+    return {
+        "schema": SCHEMA,
+        "share": subject.share,
+        "masked_accuracy": masked_quality,
+        "plain_accuracy": plain_quality,
+        "chance": test.floor,
+        "attackers": [run.fields() for run in attackers],
+        "worst_gain": audit.worst_gain(attackers),
+        "label_free_gain": audit.label_free_gain(attackers),
+        "decoys": decoy_rows(subject, detectors, log),
+        "levels": list(levels),
+        "startup_ratio": startup_ratio,
+        "data_share_labels": {f"{share:g}": max(1, round(share * len(data.x))) for share in shares},
+    }
+
+
+def decoy_rows(
+    subject: Subject, detectors: Sequence[str], log: Callable[[str], None] = lambda _: None
+) -> list[dict[str, Any]]:
+    """Each detector on our decoys and on the published ones, with BatchNorm folded and not.
+
+    ``auc_on_dprm`` is the published scheme as published: DPRM decoys, one ratio of each layer.
+    """
+    folded, count = carrier.fold_batchnorm(subject.original)
+    forms = [(True, folded), *([(False, subject.original)] if count else [])]
+    rows = []
+    for is_folded, model in forms:
+        ours = _masked(model, subject.layers, subject.selected, subject.kind)
+        published = published_choice(subject.layers)
+        theirs = _masked(model, subject.layers, published, "dprm")
+        for name in detectors:
+            auc = detect.detect(ours, subject.layers, subject.selected, name, kind=subject.kind)
+            dprm = detect.detect(theirs, subject.layers, published, name, kind="dprm")
+            rows.append({"detector": name, "bn_folded": is_folded, "auc": auc, "auc_on_dprm": dprm})
+            log(f"detector {name}, BatchNorm {'folded' if is_folded else 'kept'}: {auc:.3f}; on DPRM {dprm:.3f}")
+    return rows
+
+
+def published_choice(layers: Sequence[Layer], share: float = 0.02) -> dict[str, NDArray[np.bool_]]:
+    """The published rule, one ratio of each layer; which kernels does not matter to a detector of decoys."""
+    return choose(random_scores(layers, 0), layers, share, scope="layer").selected
+
+
+def _masked(model: Any, layers: Sequence[Layer], selected: Mapping[str, NDArray[np.bool_]], kind: str) -> Any:
+    rows = {
+        layer.name: decoys.decoy_rows(
+            carrier.weight_rows(model, layer),
+            layer.inputs,
+            selected[layer.name],
+            decoys.PrfNoise(b"d" * 32, bytes(16), layer.name),
+            kind=kind,
+        )
+        for layer in layers
+    }
+    return carrier.with_rows(model, rows)
+
+
+def table(
+    model: Any,
+    layers: Sequence[Layer],
+    scores: Mapping[str, Mapping[str, NDArray[np.float64]]],
+    shares: Sequence[float],
+    judge: Callable[[Any], float],
+    *,
+    scopes: Sequence[str] = ("layer", "global"),
+) -> list[dict[str, Any]]:
+    """Masked accuracy for each selection, budget rule and share: the table of the reference."""
+    rows = []
+    for name, score in scores.items():
+        for scope in scopes:
+            cells = {}
+            for share in shares:
+                selected = choose(score, layers, share, scope=scope).selected
+                masked = protection.masked_rows(
+                    model, layers, selected, secret=b"t" * 32, model_id=bytes(16), kind="dprm"
+                )
+                cells[f"{share:g}"] = judge(carrier.with_rows(model, masked))
+            rows.append({"selection": name, "scope": scope, "masked_accuracy": cells})
+    return rows

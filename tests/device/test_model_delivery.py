@@ -1,0 +1,311 @@
+"""Models on a device: bad deliveries are refused with a reason, good ones switch atomically, power may fail."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from edgepriv import primitives
+from edgepriv.device.models import Limits, ModelStore, Trust, pack
+from edgepriv.errors import EdgeprivError, RefusedError
+from edgepriv.keys import Identity
+from edgepriv.selective_encryption import carrier, levels, manifest, protection
+from edgepriv.selective_encryption.select.scores import random_scores
+from edgepriv.wire import cbor
+
+NOW = 1_900_000_000
+
+
+def tiny_model():
+    rng = np.random.default_rng(0)
+    tensors = [
+        numpy_helper.from_array(rng.normal(size=(16, 3, 3, 3)).astype(np.float32), "w"),
+        numpy_helper.from_array(rng.normal(size=(16, 5)).astype(np.float32), "m"),
+    ]
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"], pads=[1] * 4),
+        helper.make_node("Relu", ["c"], ["r"]),
+        helper.make_node("ReduceMean", ["r"], ["p"], axes=[2, 3], keepdims=0),
+        helper.make_node("MatMul", ["p", "m"], ["y"]),
+    ]
+    info = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes, "g", [info("x", TensorProto.FLOAT, ["n", 3, 8, 8])], [info("y", TensorProto.FLOAT, ["n", 5])], tensors
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+
+
+class Maker:
+    """The owner's side: versions of one model, permissions, verdicts."""
+
+    def __init__(self):
+        self.issuer = Identity.new("owner", "maker")
+        self.risk = Identity.new("risk", "judge")
+        self.inputs = np.random.default_rng(1).normal(size=(6, 3, 8, 8)).astype(np.float32)
+        self.bundles = {}
+
+    def bundle(self, version):
+        if version not in self.bundles:
+            model = carrier.normalised(tiny_model())
+            layers = carrier.layers(model)
+            made = protection.draft(model, layers, random_scores(layers, 0), 0.6, secret=b"s" * 32, model_id=b"m" * 16)
+            plans = [protection.LevelPlan(None, None, made.choice.units)]
+            options = {"model_id": b"m" * 16, "version": version, "mode": "levels", "name": "eye", "about": {}}
+            self.bundles[version] = protection.finish(made, plans, self.issuer, now_s=NOW + version, **options)
+            session = ort.InferenceSession(model.SerializeToString())
+            self.labels = session.run(None, {"x": self.inputs})[0].argmax(1)
+        return self.bundles[version]
+
+    def verdict(self, version, word="low leakage", *, model=None, expires=NOW + 10_000, risk=None):
+        digest = model or self.bundle(version).decoded.levels[0].digest
+        body = cbor.encode(
+            {"model": digest, "verdict": word, "policy": "argmax", "serial": 1, "issued": NOW, "expires": expires}
+        )
+        return cbor.encode([body, (risk or self.risk).sign("verdict", body)])
+
+    def delivery(self, version, *, limits=None, labels=None, verdict="good", issuer=None, files=None):
+        bundle = self.bundle(version)
+        content = {**bundle.files, "manifest.cbor": bundle.manifest, **(files or {})}
+        golden = (self.inputs, self.labels if labels is None else labels)
+        statement = self.verdict(version) if verdict == "good" else verdict
+        return pack(content, golden, limits or Limits(min_accuracy=0.9), issuer or self.issuer, verdict=statement)
+
+    def permission(self, version, device):
+        bundle = self.bundle(version)
+        return manifest.grant(
+            bundle.decoded.binding, 1, bundle.key, device.public, self.issuer, now_s=NOW, expires_s=NOW + 10_000
+        )
+
+    def trust(self, **more):
+        return Trust([self.issuer.public.ed25519], [self.risk.public.ed25519], require_verdict=True, **more)
+
+
+@pytest.fixture(scope="module")
+def maker():
+    return Maker()
+
+
+def runner(restored):
+    session = restored.session(ort)
+    return lambda x: session.run(None, {"x": x})[0]
+
+
+def install(store, maker, tmp_path, raw, version, *, permission=None, rss=lambda: 1, clock=time.perf_counter):
+    path = tmp_path / "delivery"
+    path.write_bytes(raw)
+    permission = maker.permission(version, store.identity) if permission is None else permission
+    return store.install(path, permission, runner, clock=clock, rss=rss)
+
+
+def new_store(maker, folder, **trust):
+    return ModelStore(folder, Identity.new("device", "cam1"), maker.trust(**trust))
+
+
+def answers(store, maker):
+    return np.array_equal(runner(store.open())(maker.inputs).argmax(1), maker.labels)
+
+
+def test_a_good_model_is_installed_confirmed_and_replaced_and_the_last_good_one_stays(maker, tmp_path):
+    store = new_store(maker, tmp_path / "s")
+    measured = install(store, maker, tmp_path, maker.delivery(1), 1)
+    assert measured.accuracy == 1.0
+    assert store.report()["trial"]
+    store.confirm()
+    install(store, maker, tmp_path, maker.delivery(2), 2)
+    store.confirm()
+    assert store.report()["version"] == 2
+    assert not store.report()["refused"]
+    assert answers(store, maker)
+    assert (tmp_path / "s" / "versions" / store.state.last_good).is_dir()
+    assert store.state.floor_s >= NOW
+
+
+def flipped(raw, at):
+    broken = bytearray(raw)
+    broken[int(at * len(raw))] ^= 1
+    return bytes(broken)
+
+
+def bad_deliveries(maker):
+    stranger = Identity.new("owner", "stranger")
+    slow = Limits(min_accuracy=0.9, max_latency_s=1e-9)
+    wrong = (maker.labels + 1) % 5
+    return {
+        "corrupt": (lambda: flipped(maker.delivery(2), 0.6), {}, "signed"),
+        "wrongly signed": (lambda: maker.delivery(2, issuer=stranger), {}, "not a pinned model issuer"),
+        "downgraded": (lambda: maker.delivery(0 + 1, limits=Limits(min_accuracy=0.5)), {"version": 1}, "older than"),
+        "unjudged": (lambda: maker.delivery(2, verdict=None), {}, "no verdict"),
+        "judged leaking": (lambda: maker.delivery(2, verdict=maker.verdict(2, "vicious")), {}, "vicious"),
+        "judged of other bytes": (
+            lambda: maker.delivery(2, verdict=maker.verdict(2, model=bytes(32))),
+            {},
+            "other bytes",
+        ),
+        "judged by a stranger": (
+            lambda: maker.delivery(2, verdict=maker.verdict(2, risk=Identity.new("risk", "x"))),
+            {},
+            "not signed by a risk service",
+        ),
+        "verdict expired": (lambda: maker.delivery(2, verdict=maker.verdict(2, expires=NOW - 1)), {}, "expired"),
+        "too slow": (lambda: maker.delivery(2, limits=slow), {}, "ms is over"),
+        "too large": (lambda: maker.delivery(2, limits=Limits(max_rss_bytes=10)), {"rss": lambda: 11}, "memory"),
+        "accuracy broken": (lambda: maker.delivery(2, labels=wrong), {}, "accuracy 0.000"),
+        "no permission": (lambda: maker.delivery(2), {"permission": b""}, "signed"),
+        "not a delivery": (lambda: b"hello", {}, "not a model delivery"),
+    }
+
+
+BAD = tuple(bad_deliveries(type("M", (), {"labels": np.zeros(1)})()))
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_delivery_is_refused_on_each_of_twenty_devices_with_the_reason(maker, tmp_path, kind):
+    maker.bundle(2)
+    first = maker.delivery(1)
+    make, options, reason = bad_deliveries(maker)[kind]
+    raw = make()
+    version = options.pop("version", 2) if isinstance(options, dict) else 2
+    for number in range(20):
+        folder = tmp_path / f"{number}"
+        folder.mkdir()
+        store = new_store(maker, folder / "s")
+        install(store, maker, folder, first, 1)
+        store.confirm()
+        if kind == "downgraded":
+            install(store, maker, folder, maker.delivery(2), 2)
+            store.confirm()
+        running = store.state.current
+        with pytest.raises(EdgeprivError, match=reason):
+            install(store, maker, folder, raw, version, **options)
+        assert store.state.current == running
+        assert answers(store, maker)
+        if kind != "not a delivery":
+            assert any(reason in text for text in store.report()["refused"].values())
+            with pytest.raises(RefusedError, match="refused before"):
+                install(store, maker, folder, raw, version, **options)
+
+
+def test_a_failed_trial_rolls_back_to_the_last_good_model_and_says_why(maker, tmp_path):
+    store = new_store(maker, tmp_path / "s")
+    install(store, maker, tmp_path, maker.delivery(1), 1)
+    store.confirm()
+    good = store.state.current
+    install(store, maker, tmp_path, maker.delivery(2), 2)
+    assert store.roll_back("the watchdog barked") == good
+    assert "the watchdog barked" in store.report()["refused"].values()
+    assert answers(store, maker)
+
+
+def test_two_crashes_during_the_trial_roll_back_by_themselves(maker, tmp_path):
+    folder = tmp_path / "s"
+    store = new_store(maker, folder)
+    install(store, maker, tmp_path, maker.delivery(1), 1)
+    store.confirm()
+    good = store.state.current
+    install(store, maker, tmp_path, maker.delivery(2), 2)
+    for _ in range(3):
+        store = ModelStore(folder, store.identity, maker.trust())
+        running = store.recover()
+    assert running == good
+    assert "went down twice" in " ".join(store.report()["refused"].values())
+
+
+def test_a_revoked_last_good_model_does_not_come_back(maker, tmp_path):
+    store = new_store(maker, tmp_path / "s")
+    install(store, maker, tmp_path, maker.delivery(1), 1)
+    store.confirm()
+    old = store.state.current
+    install(store, maker, tmp_path, maker.delivery(2), 2)
+    store.trust = maker.trust(revoked=[old])
+    with pytest.raises(RefusedError, match="no good model is left"):
+        store.roll_back("broken")
+
+
+def test_no_true_weight_lies_on_the_devices_disk(maker, tmp_path):
+    store = new_store(maker, tmp_path / "s")
+    install(store, maker, tmp_path, maker.delivery(1), 1)
+    store.confirm()
+    rows = carrier.weight_rows(carrier.normalised(tiny_model()), carrier.layers(carrier.normalised(tiny_model()))[0])
+    masked = runner_rows(maker)
+    hidden = [row.tobytes() for row, other in zip(rows, masked, strict=True) if (row != other).any()]
+    disk = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert len(hidden) > 20
+    assert not any(row in disk for row in hidden)
+
+
+def runner_rows(maker):
+    bundle = maker.bundle(1)
+    model = carrier.from_files({"carrier.onnx": bundle.files["carrier.onnx"]})
+    return carrier.weight_rows(model, carrier.layers(model)[0])
+
+
+CHILD = """
+import sys, time
+from pathlib import Path
+from edgepriv.device.models import ModelStore, Trust
+from edgepriv.keys import load_identity
+import numpy as np
+folder = Path(sys.argv[1])
+trust = Trust([(folder / "issuer").read_bytes()], [(folder / "risk").read_bytes()], require_verdict=True)
+store = ModelStore(folder / "s", load_identity(folder / "device.key"), trust)
+def run(restored):
+    restored.wipe()
+    labels = iter([0] + list(np.load(folder / "labels.npy")))
+    return lambda x: np.eye(5)[[next(labels)]]
+store.recover()
+print("ready", flush=True)
+store.install(folder / "next", (folder / "permission").read_bytes(), run, clock=time.perf_counter, rss=lambda: 1)
+store.confirm()
+print("done", flush=True)
+"""
+
+
+def test_a_cut_of_power_at_any_point_of_the_switch_leaves_a_model_that_runs(maker, tmp_path):
+    device = Identity.new("device", "cam1")
+    base = tmp_path / "base"
+    base.mkdir()
+    device.save(base / "device.key")
+    store = ModelStore(base / "s", device, maker.trust())
+    install(store, maker, base, maker.delivery(1), 1)
+    store.confirm()
+    old = store.state.current
+    (base / "next").write_bytes(maker.delivery(2))
+    (base / "permission").write_bytes(maker.permission(2, device))
+    (base / "issuer").write_bytes(maker.issuer.public.ed25519)
+    (base / "risk").write_bytes(maker.risk.public.ed25519)
+    np.save(base / "labels.npy", maker.labels)
+    rng = random.Random(7)
+    outcomes = set()
+    for number in range(20):
+        folder = tmp_path / f"cut-{number}"
+        shutil.copytree(base, folder)
+        child = subprocess.Popen([sys.executable, "-c", CHILD, str(folder)], stdout=subprocess.PIPE)
+        assert child.stdout.readline() == b"ready\n"
+        time.sleep(rng.uniform(0, 0.06))
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+        child.stdout.close()
+        after = ModelStore(folder / "s", device, maker.trust())
+        after.recover()
+        outcomes.add(after.state.current == old)
+        assert answers(after, maker)
+        if after.state.current == old:
+            install(after, maker, folder, (folder / "next").read_bytes(), 2)
+        after.confirm()
+        assert after.report()["version"] == 2
+        assert answers(after, maker)
+    assert outcomes  # both outcomes are right; which one occurs is up to the moment of the cut
+
+
+def test_the_keys_of_a_level_come_from_the_permission_only(maker):
+    bundle = maker.bundle(1)
+    with pytest.raises(EdgeprivError):
+        levels.unseal(primitives.random_bytes(32), bundle.decoded.binding, 1, bundle.files["level-1.segment"])
