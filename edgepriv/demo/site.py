@@ -77,8 +77,8 @@ def write_gateway(site: Site, broker: str, *, port: int, weights: Path | None, d
     text += table("models", require_verdict=True)
     if weights is not None:
         text += table(
-            "rounds", model="backbone", weights=str(weights), quorum=max(1, devices // 2), min_cohort=2, deadline_s=40.0,
-            join_s=4.0, clip=8.0, max_weight=1000, active_s=600.0, resend_s=1.0,
+            "rounds", model="backbone", weights=str(weights), quorum=max(1, devices // 2), min_cohort=2,
+            deadline_s=40.0, join_s=4.0, clip=8.0, max_weight=1000, active_s=600.0, resend_s=1.0,
         )  # fmt: skip
         text += "[rounds.training]\nlearning_rate = 0.02\nbatch_size = 8\nepochs = 5\nmomentum = 0.9\n"
     site.config(GATEWAY).write_text(text)
