@@ -29,6 +29,7 @@ class Arena:
         self._end = os.fstat(self._fd).st_size
         self._free: list[tuple[int, int]] = []  # (offset, size), by offset, never touching each other
         self._returned: list[tuple[int, int]] = []
+        self._written: list[tuple[int, int]] = []  # since the last settle
         self._dirty = False
         at = 0
         for offset, size in sorted(used):
@@ -52,6 +53,7 @@ class Arena:
             self._give(offset, need)
             raise
         self._dirty = True
+        self._written.append((offset, need))
         return offset
 
     def read(self, offset: int, size: int) -> bytes:
@@ -73,10 +75,22 @@ class Arena:
         for offset, size in self._returned:
             self._give(offset, size)
         self._returned.clear()
+        self._written.clear()
 
-    def forget_returns(self) -> None:
-        """The removals were undone: what was given back is in use again."""
+    def mark(self) -> int:
+        """A point to go back to by `undo_writes`."""
+        return len(self._written)
+
+    def undo_writes(self, mark: int = 0) -> None:
+        """What was written since ``mark`` belongs to no row: its room is free."""
+        for offset, size in self._written[mark:]:
+            self._give(offset, size)
+        del self._written[mark:]
+
+    def undo(self) -> None:
+        """The transaction was undone: what was given back is in use again, what was written is not."""
         self._returned.clear()
+        self.undo_writes()
 
     def close(self) -> None:
         """Close the file."""

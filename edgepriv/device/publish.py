@@ -63,6 +63,7 @@ class Publisher:
         self._epoch_sent: dict[bytes, float] = {}
         self._in_flight: OrderedDict[bytes, tuple[float, int]] = OrderedDict()
         self._uploads: dict[bytes, _Upload] = {}
+        self._after = 0
         self.sent = 0
 
     def epoch_known(self, digest: bytes) -> bool:
@@ -105,15 +106,22 @@ class Publisher:
         return False
 
     def _send_items(self, now: float) -> None:
-        for item in self._spool.waiting(WINDOW_ITEMS + len(self._in_flight)):
+        limit, idle = WINDOW_ITEMS + len(self._in_flight), 0
+        rows = self._spool.waiting(limit, after=self._after)
+        for item in rows:
             sent_at = self._in_flight.get(item.digest)
             if sent_at is not None and now - sent_at[0] < RESEND_S:
+                idle += 1
                 continue
             flying = sum(size for _, size in self._in_flight.values())
             if len(self._in_flight) >= WINDOW_ITEMS or (flying and flying + item.size > WINDOW_BYTES):
                 return
-            if self._announce(item.epoch, now) and not self._send_item(item, now):
+            if not self._announce(item.epoch, now):
+                idle += 1
+            elif not self._send_item(item, now):
                 return
+        # items of an epoch that the gateway does not take must not hold up those behind them
+        self._after = rows[-1].id if idle == len(rows) == limit else 0
 
     def _send_item(self, item: Waiting, now: float) -> bool:
         if item.size + PACKET_OVERHEAD_BYTES > self._link.max_packet_bytes or item.kind == "update":

@@ -9,6 +9,7 @@ stop the device (no trust, no key, no model) is raised.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import logging
 from collections import Counter
 from dataclasses import dataclass
@@ -16,7 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from edgepriv.device.release import release
 from edgepriv.device.seal import ModelLabel, SealedItem
-from edgepriv.errors import AuthenticationError, DataError, ReplayError, StorageFullError, WireError
+from edgepriv.errors import (
+    AuthenticationError,
+    DataError,
+    MissingFileError,
+    ReplayError,
+    StorageFullError,
+    WireError,
+)
 from edgepriv.wire import messages, topics
 from edgepriv.wire.messages import Ack, Chunk, Grant, Notice, RoundMessage, Status
 
@@ -81,9 +89,7 @@ class DeviceRuntime:
         if self.capturing and now - self._last_frame >= self.config.run.interval_s:
             worked |= self._take_frame(now)
         self._commit(now)
-        if self.stages.learner is not None:
-            self.stages.learner.step(now)
-        self.stages.fetcher.step(now)
+        self._learn(now)
         self._status(now)
         return self.stages.publisher.step(self.stages.sealer.epoch_digest, now) or worked
 
@@ -92,6 +98,20 @@ class DeviceRuntime:
         self.stages.spool.close()
         self.stages.source.close()
         self.stages.link.close()
+
+    def _learn(self, now: float) -> None:
+        """Downloads and rounds; a full disk costs this device its part in a round and nothing else."""
+        try:
+            if self.stages.learner is not None:
+                self.stages.learner.step(now)
+            self.stages.fetcher.step(now)
+        except OSError as error:
+            self._disk(error)
+
+    def _disk(self, error: OSError) -> None:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+            raise error
+        self._reject("rejected_storage", error)
 
     # --- a frame's way ------------------------------------------------------------------------------------
 
@@ -117,7 +137,7 @@ class DeviceRuntime:
             return None
         try:
             frame = source.read()
-        except DataError as error:
+        except (DataError, MissingFileError) as error:
             self._reject("rejected_capture", error)
             return None
         if frame is not None:
@@ -156,8 +176,12 @@ class DeviceRuntime:
     def _renew(self, *, force: bool = False) -> None:
         records = self.stages.sealer.renew(force=force)
         if records:
-            self.stages.spool.add(records)
-            self.stages.spool.commit()  # the record is durable before anything that needs it
+            try:
+                self.stages.spool.add(records)
+                self._make_durable()  # the record is durable before anything that needs it
+            except StorageFullError:
+                self.stages.sealer.undo_renewal()  # the old epoch goes on carrying messages; no frame is sealed now
+                raise
             session = self.stages.sealer.session
             self._sessions = dict([*self._sessions.items(), (session.epoch_id, session)][-2:])
             self.stages.spool.drop_finished_epochs(self.stages.sealer.epoch_digest)
@@ -168,12 +192,20 @@ class DeviceRuntime:
         due = self._uncommitted >= spool.commit_frames or now - self._last_commit >= spool.commit_s
         if due or not self.capturing:
             try:
-                self.stages.spool.commit()
+                self._make_durable()
             except StorageFullError as error:
-                self.counters["accepted"] -= self._uncommitted
-                self.counters["rejected_storage"] += self._uncommitted
                 log.warning("frames were not kept: %s", error)
-            self._uncommitted, self._last_commit = 0, now
+            self._last_commit = now
+
+    def _make_durable(self) -> None:
+        """Commit the spool; where that fails, the frames since the last commit were not accepted."""
+        uncommitted, self._uncommitted = self._uncommitted, 0
+        try:
+            self.stages.spool.commit()
+        except StorageFullError:
+            self.counters["accepted"] -= uncommitted
+            self.counters["rejected_storage"] += uncommitted
+            raise
 
     def _reject(self, counter: str, error: Exception) -> None:
         self.counters[counter] += 1
@@ -186,6 +218,8 @@ class DeviceRuntime:
         for packet in inbound:
             try:
                 self._dispatch(self._open(packet), now)
+            except OSError as error:  # a chunk or a round's state that the disk did not take: it comes again
+                self._disk(error)
             except ReplayError:
                 self.counters["down_replayed"] += 1
             except AuthenticationError:
@@ -252,12 +286,15 @@ class DeviceRuntime:
         )
 
     def spool_upload(self, number: int, payload: bytes) -> None:
-        """Store a round's upload before its first chunk leaves."""
+        """Store a round's upload before its first chunk leaves; without room the device sits the round out."""
         import hashlib
 
         digest = hashlib.sha256(payload).digest()
-        self.stages.spool.add([SealedItem("update", digest, self.stages.sealer.epoch_digest, payload, number)])
-        self.stages.spool.commit()
+        try:
+            self.stages.spool.add([SealedItem("update", digest, self.stages.sealer.epoch_digest, payload, number)])
+            self._make_durable()
+        except StorageFullError as error:
+            self._reject("rejected_storage", error)
 
     def drop_upload(self, number: int) -> None:
         """Forget a round's upload that will not be needed."""

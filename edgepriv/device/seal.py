@@ -62,6 +62,7 @@ class Sealer:
         self._clock, self._next_epoch = clock, next_epoch
         self._topic = topics.up(identity.name, shard, "msg")
         self._epoch: DeviceEpoch | None = None
+        self._previous: DeviceEpoch | None = None
         self._outputs = 0
 
     @property
@@ -83,6 +84,7 @@ class Sealer:
         trust, now = self._trust(), self._clock()
         if self._epoch is not None and not force and not self._due(self._epoch, now, trust):
             return []
+        self._previous = self._epoch
         self._epoch = DeviceEpoch.open(
             self._identity,
             trust,
@@ -95,6 +97,10 @@ class Sealer:
         )
         signed = self._epoch.signed
         return [SealedItem("epoch", signed.digest, signed.digest, signed.raw)]
+
+    def undo_renewal(self) -> None:
+        """Go back to the epoch before: the new record could not be stored, so nothing may be sealed under it."""
+        self._epoch, self._previous = self._previous, None
 
     def _due(self, epoch: DeviceEpoch, now: float, trust: TrustList) -> bool:
         old = now - epoch.signed.record.created >= self._config.epoch_s

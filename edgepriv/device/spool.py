@@ -2,10 +2,11 @@
 
 Rules: an item stays until the gateway's own acknowledgement. SQLite in WAL mode with ``synchronous=FULL``; several
 frames share one commit, because each commit is a disk sync. Large items lie in an arena file
-(`edgepriv.device.arena`) that is synced before the commit that makes their rows durable. The spool is bounded in bytes and rows with a stated drop policy: ``oldest`` drops the oldest
-frames, then the oldest outputs; ``refuse`` refuses new items. An epoch record is never dropped before its last item,
-and an update of a round is never dropped. Every drop is counted. Nothing in here opens anything: frames are sealed,
-outputs are sealed, and the keys of both live in the memory of the process that made them.
+(`edgepriv.device.arena`) that is synced before the commit that makes their rows durable. The spool is bounded in
+bytes and rows with a stated drop policy: ``oldest`` drops the oldest frames, then the oldest outputs; ``refuse``
+refuses new items. Epoch records are small and always taken, because a full spool cannot be emptied without one; none
+is dropped before its last item. An update of a round is never dropped. Every drop is counted. Nothing in here opens
+anything: frames are sealed, outputs are sealed, and the keys of both live in the memory of the process that made them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgepriv.device.arena import Arena
-from edgepriv.errors import ConfigError, StorageFullError
+from edgepriv.errors import ConfigError, StorageFullError, UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,6 +60,7 @@ class Spool:
         self.folder, self.max_bytes, self.max_rows, self.drop = folder, max_bytes, max_rows, drop
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._db = self._open()
+        self._forget_lost()
         self._count, self._stored = self._totals()
         self._arena = Arena(
             folder / "arena.bin", self._db.execute("SELECT place, size FROM items WHERE place IS NOT NULL").fetchall()
@@ -72,9 +74,10 @@ class Spool:
         Raises:
             StorageFullError: no room under the policy, or the disk is full. Nothing of this call was added.
         """
-        need = sum(len(item.payload) for item in items)
-        self._make_room(need, len(items))
+        bounded = [item for item in items if item.kind != "epoch"]
         try:
+            if bounded:
+                self._make_room(sum(len(item.payload) for item in bounded), len(bounded))
             with self._savepoint():
                 for item in items:
                     self._insert(item)
@@ -96,6 +99,7 @@ class Spool:
         )
         self._count += 1
         self._stored += len(item.payload)
+        self.count(f"spooled_{item.kind}s")
 
     def _has_room(self, need: int, rows: int) -> bool:
         return self._stored + need <= self.max_bytes and self._count + rows <= self.max_rows
@@ -123,7 +127,7 @@ class Spool:
             self._db.commit()
         except (OSError, sqlite3.OperationalError) as error:
             self._db.rollback()
-            self._arena.forget_returns()
+            self._arena.undo()
             self._count, self._stored = self._totals()
             if not _is_full(error):
                 raise
@@ -227,9 +231,15 @@ class Spool:
 
     def next_value(self, name: str) -> int:
         """Increment a counter durably at once and return its new value: for numbers that must never repeat."""
-        self.count(name)
-        self._db.commit()
-        return self.counters()[name]
+        try:
+            self.count(name)
+        except sqlite3.OperationalError as error:
+            if not _is_full(error):
+                raise
+            raise StorageFullError("the disk of the spool is full", hint="free space") from error
+        value = self.counters()[name]
+        self.commit()
+        return value
 
     def counters(self) -> dict[str, int]:
         """All durable counters."""
@@ -248,6 +258,10 @@ class Spool:
         path = self.folder / "spool.db"
         try:
             return _connect(path)
+        except sqlite3.OperationalError as error:  # the file may be sound: it must not be set aside
+            if _is_full(error):
+                raise StorageFullError("the disk of the spool is full", hint="free space") from error
+            raise UnavailableError(f"the spool {path} cannot be opened: {error}", hint="check the disk") from error
         except sqlite3.DatabaseError:
             # a damaged file is set aside for inspection; the device goes on with an empty spool
             path.rename(path.with_suffix(".damaged"))
@@ -257,9 +271,18 @@ class Spool:
             db.execute("INSERT INTO counters VALUES ('spool_recreated', 1)")
             return db
 
+    def _forget_lost(self) -> None:
+        """Drop rows whose bytes the arena no longer has (a file system repair cut it); counted, the rest goes on."""
+        arena = self.folder / "arena.bin"
+        size = arena.stat().st_size if arena.is_file() else 0
+        lost = self._db.execute("DELETE FROM items WHERE place IS NOT NULL AND place + size > ?", (size,)).rowcount
+        if lost:
+            self.count("damaged_frames", lost)
+        self._db.commit()
+
     @contextlib.contextmanager
     def _savepoint(self) -> Iterator[None]:
-        before = (self._count, self._stored)
+        before, mark = (self._count, self._stored), self._arena.mark()
         if not self._db.in_transaction:
             self._db.execute("BEGIN IMMEDIATE")
         self._db.execute("SAVEPOINT step")
@@ -270,6 +293,7 @@ class Spool:
                 self._db.execute("ROLLBACK TO step")
                 self._db.execute("RELEASE step")
             self._count, self._stored = before
+            self._arena.undo_writes(mark)
             raise
         self._db.execute("RELEASE step")
 
