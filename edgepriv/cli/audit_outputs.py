@@ -65,9 +65,8 @@ def outputs(model_path: Path, data: str, *, as_json: bool, html: str | None, fai
 
 
 def _audit(model_path: Path, data: str, options: dict[str, Any]) -> OutputAudit:
-    import torch
-
     from edgepriv.device.release import parse_policy
+    from edgepriv.risk.compute import use_threads
     from edgepriv.risk.reconstruction.audit import audit_outputs
     from edgepriv.risk.reconstruction.supplied_model import OpeningLimits, SuppliedModel
 
@@ -76,7 +75,7 @@ def _audit(model_path: Path, data: str, options: dict[str, Any]) -> OutputAudit:
     pipelines = [parse_policy(spec) for spec in options["policies"] or DEFAULT_POLICIES]
     if unfit := [p.name for p in pipelines if p.task != "classify"]:
         raise ConfigError(f"not a policy for classifiers: {', '.join(unfit)}")
-    torch.set_num_threads(options["threads"])
+    use_threads(options["threads"])
     limits = OpeningLimits(memory_bytes=options["memory_mib"] << 20, threads=options["threads"])
     model = SuppliedModel.find(model_path, limits=limits, scale=options["input_scale"], output=options["output"])
     probe, reference_data = open_pictures(data, unlabelled=options["unlabelled"], side=options["side"])

@@ -44,14 +44,13 @@ def train_vicious(data: str, out: Path, *, as_json: bool, **options: Any) -> Non
 
 
 def _run(data: str, out: Path, options: dict[str, Any]) -> AttackResult:
-    import torch
-
     from edgepriv import datasets
+    from edgepriv.risk.compute import use_threads
     from edgepriv.risk.reconstruction.attack import digit_attributes, padded, run_attack
     from edgepriv.risk.reconstruction.leakage import AuditSettings, Bench, Probe
     from edgepriv.risk.reconstruction.vicious import Recipe, TrainingSet
 
-    torch.set_num_threads(options["threads"])
+    use_threads(options["threads"])
     wide = options["arch"].startswith("wrn28")
     side = options["side"] or (32 if wide else None)
     train, test = datasets.load(data, split="train", limit=options["images"]), datasets.load(data, split="test")

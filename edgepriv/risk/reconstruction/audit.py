@@ -51,6 +51,7 @@ class OutputAudit:
     notes: tuple[str, ...]
     duration_s: float
     probe: str = ""
+    class_counts: tuple[int, ...] = ()
 
     @property
     def largest_leakage(self) -> float:
@@ -73,6 +74,7 @@ class OutputAudit:
             "features": self.features,
             "architecture": self.architecture,
             "record": self.record,
+            "class_counts": list(self.class_counts),
             "notes": list(self.notes),
             "duration_s": round(self.duration_s, 2),
         }
@@ -131,26 +133,54 @@ def audit_outputs(
     outputs = model.outputs(bench.images)
     bench.check_outputs(outputs)
     notes = list(bench.notes)
-    leakages = []
-    for pipeline in pipelines:
-        leakages.append(bench.leakage(outputs, pipeline))
-        say(f"{pipeline.name}: explained variance {leakages[-1].score.explained_variance:.3f}")
+    leakages = _leakages(bench, outputs, pipelines, say)
     if looks_like_probabilities(outputs):
         notes.append("the model ends in a softmax of its own: policies see these scores as logits")
     found, references, architecture = _compare(model, bench, outputs, request, reference_data, notes, say)
     verdict = judge(
         found,
         references,
-        max(leakage.score.explained_variance for leakage in leakages),
+        _judged_leakage(leakages, compared=bool(references)),
         known=architecture is not None and architecture.known,
         limit=request.limit,
     )
     name = architecture.name if architecture else "not compared"
     record = bench.scale.record.as_dict() | {"pictures": len(bench.images), "limit": request.limit}
     duration = time.monotonic() - started
+    counts = np.bincount(outputs.argmax(1), minlength=outputs.shape[1])
     return OutputAudit(
-        model.path.name, model.sha256, verdict, tuple(leakages), found, name, record, tuple(notes), duration, probe.name
+        model.path.name,
+        model.sha256,
+        verdict,
+        tuple(leakages),
+        found,
+        name,
+        record,
+        tuple(notes),
+        duration,
+        probe.name,
+        tuple(counts.tolist()),
     )
+
+
+def _leakages(
+    bench: Bench, outputs: NDArray[np.float32], pipelines: Sequence[Pipeline], say: Callable[[str], None]
+) -> list[PolicyLeakage]:
+    found = []
+    for pipeline in pipelines:
+        found.append(bench.leakage(outputs, pipeline))
+        say(f"{pipeline.name}: explained variance {found[-1].score.explained_variance:.3f}")
+    return found
+
+
+def _judged_leakage(leakages: Sequence[PolicyLeakage], *, compared: bool) -> float:
+    """Return the largest explained variance among the policies that the verdict counts.
+
+    Every model's raw logits leak. Where references show that this one's leak no more than theirs, an ``unsafe_`` policy
+    is there for comparison and does not count, unless nothing else was asked for.
+    """
+    safe = [leakage for leakage in leakages if not leakage.policy.startswith("unsafe_")]
+    return max(leakage.score.explained_variance for leakage in (safe if compared and safe else leakages))
 
 
 def looks_like_probabilities(outputs: NDArray[np.float32]) -> bool:

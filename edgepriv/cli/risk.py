@@ -1,0 +1,140 @@
+"""``edgepriv risk``: run the risk service, list what it has concluded."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgepriv.errors import KeyFileError, MissingFileError, RiskThresholdError
+
+if TYPE_CHECKING:
+    from edgepriv.risk.config import RiskConfig
+    from edgepriv.risk.service import RiskService
+
+CONFIG = click.option(
+    "--config", "config_path", required=True, type=click.Path(path_type=Path, dir_okay=False), help="risk.toml"
+)
+
+
+@click.group()
+def risk() -> None:
+    """The risk service."""
+
+
+@risk.command()
+@CONFIG
+@click.option("--json-logs", is_flag=True, help="One JSON object a log line.")
+@click.option("--steps", default=0, hidden=True, help="Stop after so many steps; 0 runs until a signal.")
+def serve(config_path: Path, json_logs: bool, steps: int) -> None:
+    """Audit models that the gateway offers, sign verdicts, watch for drift."""
+    from edgepriv.logs import configure_logs
+    from edgepriv.notify import Notifier
+    from edgepriv.risk.config import load_config
+    from edgepriv.risk.pages import serve as serve_pages
+
+    configure_logs(json_lines=json_logs)
+    config = load_config(config_path)
+    service = open_service(config)
+    pages = serve_pages(service, config.http.host, config.http.port) if config.http.port else None
+    stop, notifier = threading.Event(), Notifier()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    notifier.ready()
+    done = 0
+    try:
+        while not stop.is_set() and (not steps or done < steps):
+            service.step()
+            notifier.alive()
+            done += 1
+            stop.wait(config.risk.poll_s)
+    finally:
+        notifier.stopping()
+        service.close()
+        if pages is not None:
+            pages.shutdown()
+
+
+def open_service(config: RiskConfig) -> RiskService:
+    """Read keys and trust list, and make the service with the device's own release policies."""
+    import time
+
+    from edgepriv.client import GatewayClient
+    from edgepriv.device.release import parse_policy
+    from edgepriv.keys import load_identity
+    from edgepriv.mqtt import TlsFiles
+    from edgepriv.risk.service import RiskService
+    from edgepriv.risk.worker import open_pool
+    from edgepriv.trust_file import TrustFile
+
+    identity = load_identity(config.risk.identity)
+    if identity.public.role != "risk":
+        raise KeyFileError(f"{config.risk.identity} is the key of {identity.name}, not of a risk service")
+    config.risk.state.mkdir(parents=True, exist_ok=True)
+    trust = TrustFile(config.risk.trust, config.risk.owner, config.risk.state / "trust.version", clock=time.time)
+    broker = config.broker
+    tls = TlsFiles(broker.ca, broker.certificate, broker.key) if broker.ca else None
+
+    def connect() -> GatewayClient:
+        return GatewayClient(
+            broker.url, identity, trust.current(), config.risk.gateway, shard=config.risk.shard, tls=tls
+        )
+
+    pipelines = [parse_policy(spec) for spec in config.audit.policies]
+    return RiskService(config, connect, identity.sign, pipelines, open_pool(config.audit))
+
+
+@risk.command("list")
+@CONFIG
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def list_(config_path: Path, as_json: bool) -> None:
+    """List audited and waiting models."""
+    rows = [
+        {
+            "model": job.name,
+            "digest": job.digest.hex(),
+            "state": job.state,
+            "verdict": (job.report or {}).get("verdict"),
+            "error": job.error,
+        }
+        for job in _jobs(config_path)
+    ]
+    if as_json:
+        click.echo(json.dumps({"schema": "edgepriv.risk-list/1", "models": rows}))
+        return
+    for row in rows:
+        click.echo(f"{row['digest'][:12]} {row['model']}: {row['verdict'] or row['state']} {row['error']}".rstrip())
+
+
+@risk.command()
+@CONFIG
+@click.argument("digest")
+@click.option("--json", "as_json", is_flag=True, help="Print the audit's JSON report.")
+def show(config_path: Path, digest: str, as_json: bool) -> None:
+    """Show the audit of a model by the beginning of its digest; exit code 3 unless leakage is low."""
+    found = [job for job in _jobs(config_path) if job.digest.hex().startswith(digest)]
+    if len(found) != 1 or found[0].report is None:
+        raise MissingFileError(f"no finished audit of {digest!r}", hint="edgepriv risk list shows them")
+    report = found[0].report
+    click.echo(json.dumps(report) if as_json else f"{found[0].name}: {report['verdict']} - {report['reason']}")
+    if report["verdict"] != "low leakage":
+        raise RiskThresholdError(f"{found[0].name}: {report['verdict']}", hint="do not deploy it")
+
+
+def _jobs(config_path: Path) -> list[Any]:
+    from edgepriv.risk.config import load_config
+    from edgepriv.risk.jobs import JobQueue
+
+    config = load_config(config_path)
+    path = config.risk.state / "jobs.db"
+    if not path.is_file():
+        raise MissingFileError(f"no risk service has run in {config.risk.state}")
+    queue = JobQueue(path, max_jobs=config.audit.max_jobs)
+    try:
+        return queue.listed()
+    finally:
+        queue.close()

@@ -1,0 +1,94 @@
+"""The risk service's configuration file, as frozen dataclasses; the example is deploy/examples/risk.toml."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path  # noqa: TC003 - the settings reader resolves the annotations
+
+from edgepriv.errors import ConfigError
+from edgepriv.settings import load_settings
+
+
+@dataclass(frozen=True, slots=True)
+class RiskSection:
+    """``[risk]``: who this is, whom it believes, where it keeps its state. ``gateway`` is a full name."""
+
+    identity: Path
+    owner: Path
+    trust: Path
+    gateway: str
+    state: Path
+    shard: int = 0
+    poll_s: float = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerSection:
+    """``[broker]``: where the broker is and how to log in."""
+
+    url: str
+    ca: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AuditSection:
+    """``[audit]``: the auditor's own pictures, the policies that devices use, and what an audit may spend."""
+
+    probe: str
+    policies: tuple[str, ...] = ("argmax",)
+    references: int = 5
+    reference_images: int = 6000
+    images: int = 4000
+    auditors: str = "conv"
+    decoder_epochs: int = 6
+    max_explained_variance: float = 0.25
+    verdict_days: float = 30.0
+    workers: int = 1
+    threads: int = 1
+    executor: str = "processes"
+    device: str = "cpu"
+    max_jobs: int = 100
+    max_model_mb: float = 512.0
+    memory_mb: float = 4096.0
+
+
+@dataclass(frozen=True, slots=True)
+class DriftSection:
+    """``[drift]``: when released outputs that differ from the audited behaviour raise an alert."""
+
+    min_outputs: int = 200
+    threshold: float = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class HttpSection:
+    """``[http]``: metrics and reports; port 0 serves nothing."""
+
+    host: str = "127.0.0.1"
+    port: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RiskConfig:
+    """The whole file."""
+
+    risk: RiskSection
+    broker: BrokerSection
+    audit: AuditSection
+    drift: DriftSection = field(default_factory=DriftSection)
+    http: HttpSection = field(default_factory=HttpSection)
+
+
+def load_config(path: Path) -> RiskConfig:
+    """Read and check a configuration (ConfigError, MissingFileError)."""
+    config = load_settings(RiskConfig, path)
+    audit = config.audit
+    if audit.auditors not in {"ridge", "mlp", "conv"}:
+        raise ConfigError(f"{path}: auditors must be ridge, mlp or conv, not {audit.auditors!r}")
+    if audit.executor not in {"processes", "ray"}:
+        raise ConfigError(f"{path}: executor must be processes or ray, not {audit.executor!r}")
+    if audit.workers < 1 or audit.max_jobs < 1 or not audit.policies:
+        raise ConfigError(f"{path}: an audit needs a worker, room for a job and a policy")
+    return config

@@ -1,0 +1,264 @@
+"""The risk service: asks the gateway for offered models, audits each once, signs verdicts, watches for drift.
+
+Rules: what the gateway says is a claim: a model is audited only if its bytes have the digest it was offered under, and
+the verdict names that digest. The model's bytes are opened in the workers' child processes, which hold no key; the
+signing key stays here. One step does everything that is due and never waits for an audit, so a stop takes effect at
+once; jobs that were running are queued again at the next start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from typing import TYPE_CHECKING, Any, Protocol
+
+from edgepriv.errors import EdgeprivError, TemporaryError, UnavailableError, WireError
+from edgepriv.risk.drift import Drift, DriftWatch
+from edgepriv.risk.jobs import Job, JobQueue
+from edgepriv.risk.metrics import RiskMetrics
+from edgepriv.risk.signed_verdict import DAY_S, held_policies, verdict_bytes
+from edgepriv.risk.worker import AuditAnswer, AuditTask, run_task
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from concurrent.futures import Executor, Future
+    from pathlib import Path
+
+    from edgepriv.risk.config import RiskConfig
+    from edgepriv.risk.reconstruction.auditors import Pipeline
+
+LOG = logging.getLogger("edgepriv.risk")
+REF_BYTES = 16
+RENEW_SHARE = 0.25  # a verdict is signed again in the last quarter of its life
+
+
+class Gateway(Protocol):
+    """What the service needs of its session with the gateway; :class:`edgepriv.client.GatewayClient` is one."""
+
+    def query(self, what: str, **args: Any) -> dict[str, Any]:
+        """Ask the gateway."""
+
+    def fetch_object(self, ref: bytes, size: int, *, max_bytes: int = ...) -> bytes:
+        """Fetch a model's bytes."""
+
+    def close(self) -> None:
+        """End the session."""
+
+
+class RiskService:
+    """State and one step of the service.
+
+    Args:
+        config: the file.
+        connect: opens a session with the gateway.
+        sign: ``(use, message) -> signature`` of the risk key.
+        pipelines: release policies to audit under, as the device applies them.
+        pool: where audits run.
+        clock: Unix seconds.
+    """
+
+    def __init__(
+        self,
+        config: RiskConfig,
+        connect: Callable[[], Gateway],
+        sign: Callable[[str, bytes], bytes],
+        pipelines: Sequence[Pipeline],
+        pool: Executor,
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.config, self._connect, self._sign, self._clock = config, connect, sign, clock
+        self._pipelines, self._pool = tuple(pipelines), pool
+        self.folder = config.risk.state
+        for name in ("models", "reports"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        self.jobs = JobQueue(self.folder / "jobs.db", max_jobs=config.audit.max_jobs)
+        self.metrics = RiskMetrics()
+        self._drift = DriftWatch(min_outputs=config.drift.min_outputs, threshold=config.drift.threshold)
+        self.alerts: dict[str, Drift] = {}
+        self._gateway: Gateway | None = None
+        self._running: dict[bytes, Future[AuditAnswer]] = {}
+        self._sent: dict[bytes, float] = {}
+        self._no_windows = False
+        if again := self.jobs.recover():
+            LOG.info("%d audits were interrupted and are queued again", again)
+
+    def step(self) -> None:
+        """Do everything that is due now; connection failures are logged and tried again at the next step."""
+        self._collect()
+        try:
+            gateway = self._session()
+            offers = self._offers(gateway)
+            self._enqueue(offers)
+            self._start(gateway)
+            self._report(gateway, offers)
+            self._watch(gateway)
+            self.metrics.connected.set(1)
+        except (TemporaryError, UnavailableError, WireError) as error:
+            LOG.warning("the gateway cannot be reached: %s", error)
+            self._disconnect()
+        self.metrics.show_jobs(self.jobs.counts(), self.jobs.refused)
+
+    def close(self) -> None:
+        """Stop the workers and the session; running audits are queued again at the next start."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._disconnect()
+        self.jobs.close()
+
+    def _session(self) -> Gateway:
+        if self._gateway is None:
+            self._gateway = self._connect()
+            LOG.info("connected to %s", self.config.risk.gateway)
+        return self._gateway
+
+    def _disconnect(self) -> None:
+        self.metrics.connected.set(0)
+        if self._gateway is not None:
+            self._gateway.close()
+            self._gateway = None
+
+    def _offers(self, gateway: Gateway) -> list[dict[str, Any]]:
+        """Models that the gateway offers, the malformed ones left out and counted."""
+        rows = gateway.query("models").get("models", [])
+        good = []
+        for row in rows if isinstance(rows, list) else []:
+            if isinstance(row, dict) and isinstance(row.get("digest"), bytes) and len(row["digest"]) == 32:
+                good.append(row)
+            else:
+                self.metrics.rejected.labels("offer").inc()
+        return good
+
+    def _enqueue(self, offers: list[dict[str, Any]]) -> None:
+        now = self._clock()
+        for offer in offers:
+            size = offer.get("size")
+            if isinstance(size, int) and self.jobs.add(offer["digest"], str(offer.get("id", ""))[:200], size, now):
+                LOG.info("model %s (%s) is queued", offer.get("id"), offer["digest"].hex()[:12])
+
+    def _start(self, gateway: Gateway) -> None:
+        while len(self._running) < self.config.audit.workers and (job := self.jobs.take()) is not None:
+            path = self._model_file(gateway, job)
+            if path is None:
+                continue
+            task = AuditTask(path, self.config.audit, self._pipelines)
+            self._running[job.digest] = self._pool.submit(run_task, task)
+            LOG.info("audit of %s begins", job.name)
+
+    def _model_file(self, gateway: Gateway, job: Job) -> Path | None:
+        """Fetch a model's bytes, check their digest, and keep them; None where that fails."""
+        path = self.folder / "models" / f"{job.digest.hex()}.onnx"
+        if path.is_file() and hashlib.sha256(path.read_bytes()).digest() == job.digest:
+            return path
+        limit = int(self.config.audit.max_model_mb * 2**20)
+        if not 0 < job.size <= limit:
+            self.jobs.put_back(job.digest, f"{job.size} bytes are over the limit of {limit}", self._clock(), final=True)
+            return None
+        try:
+            raw = gateway.fetch_object(job.digest[:REF_BYTES], job.size, max_bytes=limit)
+        except EdgeprivError as error:
+            self.jobs.put_back(job.digest, str(error), self._clock())
+            raise
+        if hashlib.sha256(raw).digest() != job.digest:
+            self.metrics.rejected.labels("digest").inc()
+            self.jobs.put_back(job.digest, "the gateway sent other bytes than it offered", self._clock())
+            return None
+        temporary = path.with_suffix(".part")
+        with temporary.open("wb") as stream:
+            stream.write(raw)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+        return path
+
+    def _collect(self) -> None:
+        """Take what finished audits found."""
+        for digest, future in [(d, f) for d, f in self._running.items() if f.done()]:
+            del self._running[digest]
+            try:
+                answer = future.result()
+            except Exception as error:  # the worker itself died: its model may be tried again
+                answer = AuditAnswer(error=f"the worker ended: {type(error).__name__}")
+                self.metrics.rejected.labels("worker").inc()
+            self._keep(digest, answer)
+
+    def _keep(self, digest: bytes, answer: AuditAnswer) -> None:
+        now = self._clock()
+        if answer.report is None:
+            LOG.warning("audit of %s failed: %s", digest.hex()[:12], answer.error)
+            self.metrics.audits.labels("failed").inc()
+            self.jobs.put_back(digest, answer.error, now, final=answer.final)
+            return
+        folder = self.folder / "reports"
+        (folder / f"{digest.hex()}.json").write_text(json.dumps(answer.report, indent=2))
+        (folder / f"{digest.hex()}.html").write_text(answer.html)
+        for policy, png in answer.grids:
+            (folder / f"{digest.hex()}.{policy.replace(':', '-')}.png").write_bytes(png)
+        self.jobs.finish(digest, answer.report, now)
+        self.metrics.audits.labels(answer.report["verdict"]).inc()
+        self.metrics.audit_seconds.observe(float(answer.report["duration_s"]))
+        LOG.info("verdict on %s: %s", digest.hex()[:12], answer.report["verdict"])
+
+    def _report(self, gateway: Gateway, offers: list[dict[str, Any]]) -> None:
+        """Send a signed verdict for every audited model whose verdict at the gateway is missing or near its end."""
+        now, life = self._clock(), self.config.audit.verdict_days * DAY_S
+        for offer in offers:
+            job = self.jobs.find(offer["digest"])
+            if job is None or job.report is None or not self._due(offer, now, life):
+                continue
+            raw = self.signed(job)
+            gateway.query("verdict", verdict=raw)
+            (self.folder / "reports" / f"{job.digest.hex()}.verdict").write_bytes(raw)
+            self._sent[job.digest] = now
+            self.metrics.verdicts.inc()
+
+    def _due(self, offer: dict[str, Any], now: float, life: float) -> bool:
+        expires = offer.get("expires", 0)
+        fresh = isinstance(expires, int | float) and expires - now > RENEW_SHARE * life
+        held = bool(offer.get("verdict_bytes")) and fresh
+        recently = now - self._sent.get(offer["digest"], -1e18) < max(10.0, self.config.risk.poll_s * 3)
+        return not held and not recently
+
+    def signed(self, job: Job) -> bytes:
+        """Sign a job's conclusion now."""
+        assert job.report is not None  # noqa: S101 - callers hold finished jobs
+        now = self._clock()
+        return verdict_bytes(
+            job.report,
+            job.digest,
+            held_policies([pipeline.name for pipeline in self._pipelines]),
+            serial=self.jobs.next_serial(now),
+            now=now,
+            days=self.config.audit.verdict_days,
+            sign=self._sign,
+        )
+
+    def _watch(self, gateway: Gateway) -> None:
+        """Compare the fleet's released outputs with the audits."""
+        if self._no_windows:
+            return
+        try:
+            windows = gateway.query("windows").get("windows", [])
+        except (TemporaryError, UnavailableError, WireError):
+            raise
+        except EdgeprivError as error:
+            LOG.warning("no drift alerts: %s", error)
+            self._no_windows = True
+            return
+        self._drift.take(windows if isinstance(windows, list) else [])
+        for job in self.jobs.listed("WHERE state = 'done'"):
+            found = self._drift.judge(job.name, (job.report or {}).get("class_counts", []))
+            if found is not None:
+                self._alert(found)
+
+    def _alert(self, found: Drift) -> None:
+        self.metrics.drift.labels(found.model).set(found.index)
+        if found.alert and found.model not in self.alerts:
+            LOG.warning("released outputs of %s drift from the audit: index %.2f", found.model, found.index)
+            self.metrics.alerts.inc()
+        if found.alert:
+            self.alerts[found.model] = found
+        else:
+            self.alerts.pop(found.model, None)

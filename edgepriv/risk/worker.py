@@ -1,0 +1,150 @@
+"""One audit in a process of its own: what the service hands to its pool, or to Ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor, Future
+    from pathlib import Path
+
+    from edgepriv.risk.config import AuditSection
+    from edgepriv.risk.reconstruction.auditors import Pipeline
+    from edgepriv.risk.reconstruction.leakage import Probe
+
+SMALL_TEST_PART = 1000  # below it, all of the auditor's pictures are halved instead
+
+
+@dataclass(frozen=True, slots=True)
+class AuditTask:
+    """A model file to audit, and with what."""
+
+    model: Path
+    settings: AuditSection
+    pipelines: tuple[Pipeline, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AuditAnswer:
+    """What a worker found: the JSON report, the page, the pictures, or the error and whether it is final."""
+
+    report: dict[str, Any] | None = None
+    html: str = ""
+    grids: tuple[tuple[str, bytes], ...] = ()
+    error: str = ""
+    final: bool = False
+
+
+def run_task(task: AuditTask) -> AuditAnswer:
+    """Audit one model; every error of edgepriv becomes words."""
+    import torch
+
+    from edgepriv.errors import EdgeprivError, TemporaryError, UnavailableError
+
+    torch.set_num_threads(task.settings.threads)
+    try:
+        return _audited(task)
+    except (TemporaryError, UnavailableError, OSError) as error:
+        return AuditAnswer(error=str(error))
+    except EdgeprivError as error:
+        return AuditAnswer(error=str(error), final=True)
+
+
+def _audited(task: AuditTask) -> AuditAnswer:
+    from edgepriv.risk.pictures import grid_png
+    from edgepriv.risk.reconstruction.audit import AuditRequest, audit_outputs
+    from edgepriv.risk.reconstruction.decoders import DecoderSettings
+    from edgepriv.risk.reconstruction.leakage import AuditSettings
+    from edgepriv.risk.reconstruction.supplied_model import OpeningLimits, SuppliedModel
+    from edgepriv.risk.report import audit_html
+
+    chosen = task.settings
+    limits = OpeningLimits(
+        memory_bytes=int(chosen.memory_mb * 2**20),
+        max_model_bytes=int(chosen.max_model_mb * 2**20),
+        threads=chosen.threads,
+    )
+    trained = None
+    if chosen.auditors != "ridge":
+        trained = DecoderSettings(form=chosen.auditors, epochs=chosen.decoder_epochs, device=chosen.device)
+    request = AuditRequest(
+        settings=AuditSettings(chosen.images, trained, device=chosen.device),
+        references=chosen.references,
+        reference_images=chosen.reference_images,
+        limit=chosen.max_explained_variance,
+    )
+    bench, training = _two_parts(chosen.probe)
+    model = SuppliedModel.find(task.model, limits=limits)
+    audit = audit_outputs(model, bench, task.pipelines, request, reference_data=training)
+    shown = [(n, grid_png([p.inputs, p.reconstructions, p.class_means])) for n, p in audit.pictures.items()]
+    return AuditAnswer(audit.as_dict(), audit_html(audit), tuple(shown))
+
+
+def _two_parts(spec: str) -> tuple[Probe, Probe]:
+    """Return the auditor's own pictures to measure on and to train references on: no picture is in both."""
+    from edgepriv import datasets
+    from edgepriv.risk.reconstruction.leakage import Probe
+
+    test, train = datasets.load(spec, split="test"), datasets.load(spec, split="train")
+    if len(test) >= SMALL_TEST_PART:
+        return Probe(test.name, test.images, test.labels), Probe(train.name, train.images, train.labels)
+    whole = datasets.load(spec, split="all")
+    order = np.random.RandomState(2).permutation(len(whole))
+    halves = [order[: len(order) // 2], order[len(order) // 2 :]]
+    first, second = (Probe(whole.name, whole.images[rows], whole.labels[rows]) for rows in halves)
+    return first, second
+
+
+def open_pool(settings: AuditSection) -> Executor:
+    """Return an executor with the configured number of workers.
+
+    Raises:
+        MissingDependencyError: ``executor = "ray"`` without the ``ray`` extra.
+    """
+    if settings.executor == "ray":
+        return RayPool(settings)
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
+    # spawn: a forked child would hold the parent's sockets and keys
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(settings.workers, mp_context=context)
+
+
+def _ray() -> Any:
+    try:
+        import ray
+    except ImportError as error:
+        from edgepriv.errors import MissingDependencyError
+
+        raise MissingDependencyError("executor = 'ray' needs Ray", hint="pip install 'edgepriv[ray]'") from error
+    return ray
+
+
+if TYPE_CHECKING:
+    _Base = Executor
+else:
+    from concurrent.futures import Executor as _Base
+
+
+class RayPool(_Base):
+    """The same interface over Ray: one task a GPU where there are any, else one a worker."""
+
+    def __init__(self, settings: AuditSection) -> None:
+        self._ray = _ray()
+        if not self._ray.is_initialized():
+            self._ray.init(num_cpus=settings.workers, include_dashboard=False, log_to_driver=False)
+        self._gpus = 1 if settings.device.startswith("cuda") else 0
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Start a task on the cluster."""
+        remote = self._ray.remote(num_gpus=self._gpus, max_retries=1)(fn)
+        future: Future[Any] = remote.remote(*args, **kwargs).future()
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: ARG002 - Executor's
+        """Leave the cluster."""
+        self._ray.shutdown()

@@ -1,0 +1,88 @@
+"""The risk service, the gateway and mosquitto as processes: a vicious model is withheld, its honest twin is offered."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from gateway_site import ROOT, Broker, GatewayProcess, Site
+
+from edgepriv.datasets import load
+from edgepriv.risk.reconstruction.onnx_writer import write_onnx
+from edgepriv.risk.reconstruction.vicious import Recipe, TrainingSet, train
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]
+
+CONFIG = """[risk]
+identity = "risk-lab.key"
+owner = "owner.key.pub"
+trust = "trust.cbor"
+gateway = "gateway-main"
+state = "risk"
+poll_s = 0.3
+[broker]
+url = "mqtt://127.0.0.1:{port}"
+[audit]
+probe = "digits"
+policies = ["argmax", "unsafe_raw_logits"]
+references = 3
+auditors = "ridge"
+"""
+
+
+@pytest.fixture
+def site(tmp_path):
+    made = Site(tmp_path)
+    broker, gateway = Broker(tmp_path, made.port), GatewayProcess(made)
+    yield made
+    if gateway.process.poll() is None:
+        assert gateway.stop() == 0, gateway.text()
+    gateway.log.close()
+    broker.close()
+
+
+def start(site):
+    log = (site.folder / "risk.log").open("ab")
+    command = [sys.executable, "-m", "edgepriv", "risk", "serve", "--config", str(site.folder / "risk.toml")]
+    return subprocess.Popen(command, cwd=ROOT, stderr=log, stdout=log), log
+
+
+def models(site):
+    return {m["id"]: m for m in json.loads(site.cli("models", "list", "--json").stdout)["models"]}
+
+
+def test_verdicts_reach_the_gateway_through_a_kill_in_the_middle(site):
+    torch.set_num_threads(1)
+    data = load("digits", split="train")
+    training = TrainingSet.of(data.images, data.labels)
+    recipe = Recipe(epochs=15, batch=50)
+    for name, chosen in (("vicious", recipe), ("honest", recipe.honest())):
+        write_onnx(train(chosen, training).classifier, training.shape, 10, site.folder / f"{name}.onnx")
+        site.cli("models", "add", str(site.folder / f"{name}.onnx"), "--id", name)
+    assert {m["withheld"] for m in models(site).values()} == {"no verdict of the risk service"}
+    (site.folder / "risk.toml").write_text(CONFIG.format(port=site.port))
+    process, log = start(site)
+    deadline = time.monotonic() + 40
+    while "begins" not in (site.folder / "risk.log").read_text() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGKILL)
+    process.wait(10)
+    log.close()
+    process, log = start(site)
+    deadline = time.monotonic() + 70
+    while any(m["verdict"] == "not audited" for m in models(site).values()) and time.monotonic() < deadline:
+        time.sleep(1)
+    found = models(site)
+    process.terminate()
+    assert process.wait(20) == 0, (site.folder / "risk.log").read_text()
+    log.close()
+    assert found["vicious"]["verdict"] == "vicious", (site.folder / "risk.log").read_text()
+    assert found["vicious"]["withheld"]
+    assert found["honest"]["verdict"] == "low leakage"
+    assert not found["honest"]["withheld"]
+    assert "queued again" in (site.folder / "risk.log").read_text()
