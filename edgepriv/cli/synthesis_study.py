@@ -115,11 +115,14 @@ class Study:
 
 @dataclass(frozen=True, slots=True)
 class Controls:
-    """Accuracies [targets] of what needs no synthesis: real data, public data alone, generator samples."""
+    """Accuracies [targets] of what needs no private code: real data, public data alone, generator samples.
+
+    Without labels the generator's samples have none either, and there is no such control.
+    """
 
     real: NDArray[np.float64]
     public_only: NDArray[np.float64]
-    prior_samples: NDArray[np.float64]
+    prior_samples: NDArray[np.float64] | None
 
 
 def take_parts(data: Dataset, public: Dataset | None, seed: int, test: Dataset | None = None) -> Parts:
@@ -187,17 +190,15 @@ def study(
 
 def run_controls(parts: Parts, settings: Settings, release: Release, progress: Progress | None = None) -> Controls:
     """Train the same classifier on what needs no private code."""
-    prior = pipeline_of(parts, prior_settings(settings), release)
-    pipelines = {
-        "real data": membership_shadows.no_defence,
-        "public only": public_only(parts, settings),
-        "prior samples": prior,
-    }
-    found = [
-        shadows_of(parts, settings, pipeline, name, released=False, progress=progress).accuracies
-        for name, pipeline in pipelines.items()
-    ]
-    return Controls(*found)
+
+    def run(name: str, pipeline: membership_shadows.Pipeline) -> NDArray[np.float64]:
+        return shadows_of(parts, settings, pipeline, name, released=False, progress=progress).accuracies
+
+    real = run("real data", membership_shadows.no_defence)
+    public = run("public only", public_only(parts, settings))
+    if not settings.conditional:
+        return Controls(real, public, None)
+    return Controls(real, public, run("prior samples", pipeline_of(parts, prior_settings(settings), release)))
 
 
 def shadows_of(
@@ -273,13 +274,14 @@ def fill_card(parts: Parts, settings: Settings, release: Release, found: Study |
     )
     if found is None:
         return replace(card, recommendation=cards.recommend(card))
+    prior = found.controls.prior_samples
     audit = {**found.audit.as_json(), "verdict": found.audit.verdict()}
     card = replace(
         card,
         accuracy_real=float(found.controls.real.mean()),
         accuracy_synthetic=float(found.synthetic.mean()),
         accuracy_public_only=float(found.controls.public_only.mean()),
-        accuracy_prior_samples=float(found.controls.prior_samples.mean()),
+        accuracy_prior_samples=None if prior is None else float(prior.mean()),
         audit=audit,
         warnings=[*card.warnings, *found.audit.warnings],
     )
@@ -293,8 +295,8 @@ def prior_settings(settings: Settings) -> Settings:
 
 
 def prior_pictures(release: Release, seed: int, each: int = 4) -> tuple[Images, Labels]:
-    """A few pictures of the generator alone, for the card."""
-    labels = np.repeat(np.unique(release.labels), each)
+    """A few pictures of the generator alone, for the card; none where the VAE is not given labels."""
+    labels = np.repeat(np.unique(release.labels), each) if release.vae.config.classes else np.zeros(0, np.int64)
     blank = np.zeros((len(labels), *release.images.shape[1:]), np.uint8)
     prior = replace(release.mechanism, mode="prior", epsilon=0.0, copies=1, extra=0, label_epsilon=None)
     return generator.synthesize(release.vae, blank, labels, prior, np.random.default_rng(seed + 3))

@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 @click.option(
     "--copies", type=int, default=1, show_default=True, help="Synthetic pictures per record; each costs kappa."
 )
-@click.option("--extra", type=int, help="Pictures per record without its code; default 3 for small pictures, else 1.")
+@click.option(
+    "--extra",
+    type=int,
+    help="Pictures per record without its code; default 3 for small ones, else 1; 0 without labels.",
+)
 @click.option("--label-epsilon", type=float, help="Release labels by randomised response with this epsilon.")
 @click.option("--vae", "vae_from", type=click.Choice(["public", "private", "dp"]), default="public", show_default=True)
 @click.option("--vae-epsilon", type=float, help="With --vae dp: epsilon of the VAE's training.")
@@ -96,11 +100,19 @@ def _settings(options: dict[str, Any], shape: tuple[int, ...]) -> Settings:
     return Settings(
         **{name: options[name] for name in (*same, "vae_epochs", "beta", "targets", "audit_records", "device")},
         dp=DpSgd(options["vae_epsilon"], options["vae_delta"]) if options["vae_epsilon"] is not None else None,
-        extra=(3 if small else 1) if options["extra"] is None else options["extra"],
+        extra=_extra(options, small=small),
         recipe=Recipe(epochs=options["epochs"] or (60 if small else 30)),
         seed=seed or 0,
         noise_seed=secrets.randbits(60) if seed is None else seed + 1,
     )
+
+
+def _extra(options: dict[str, Any], *, small: bool) -> int:
+    if options["extra"] is not None:
+        return int(options["extra"])
+    if not options["conditional"] or options["mode"] != "noised":
+        return 0
+    return 3 if small else 1
 
 
 def _write(out: Path, card: ReleaseCard, release: Release, settings: Settings, *, keep_vae: bool) -> None:
@@ -108,10 +120,10 @@ def _write(out: Path, card: ReleaseCard, release: Release, settings: Settings, *
     from edgepriv.synthesis.card import picture_grid
     from edgepriv.synthesis.release import write_release
 
-    pictures = {
-        "Released pictures, one column a class": picture_grid(release.images, release.labels),
-        "The generator alone (no record's code)": picture_grid(*prior_pictures(release, settings.seed)),
-    }
+    pictures = {"Released pictures, one column a class": picture_grid(release.images, release.labels)}
+    if settings.conditional:
+        sample = picture_grid(*prior_pictures(release, settings.seed))
+        pictures["The generator alone (no record's code)"] = sample
     vae = release.vae if keep_vae and settings.vae_from != "private" else None
     write_release(out, release.images, release.labels, card, pictures, vae)
 
@@ -125,7 +137,9 @@ def _summary(card: ReleaseCard, out: Path) -> str:
             "public data alone": card.accuracy_public_only,
             "generator samples": card.accuracy_prior_samples,
         }
-        lines.append("accuracy: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
+        lines.append(
+            "accuracy: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items() if value is not None)
+        )
         lines.append(card.audit["verdict"])
     return "\n".join([*lines, f"recommendation: {card.recommendation}"])
 

@@ -52,7 +52,8 @@ class LossDistribution:
     def delta(self, epsilon: float) -> float:
         """Smallest delta for which (epsilon, delta) holds."""
         above = self.losses > epsilon
-        return float(min(1.0, self.weights[above] @ -np.expm1(epsilon - self.losses[above])))
+        total = float(self.weights[above] @ -np.expm1(epsilon - self.losses[above]))
+        return min(1.0, total)
 
     def epsilon(self, delta: float) -> float:
         """Smallest epsilon for which (epsilon, delta) holds, by bisection to 1e-6."""

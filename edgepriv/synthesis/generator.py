@@ -106,6 +106,11 @@ def synthesize(
     """
     if len(images) != len(labels):
         raise DataError(f"{len(images)} images but {len(labels)} labels")
+    if not vae.config.classes and (mechanism.extra or mechanism.mode == "prior"):
+        raise ConfigError(
+            "pictures without a record's code need a VAE that is given labels: without them their labels mean nothing",
+            hint="use --conditional, or --extra 0 and --mode noised",
+        )
     released = _released_labels(labels, mechanism, vae.config.classes, rng)
     codes = np.tile(_codes(vae, images, labels, mechanism), (mechanism.copies, 1))
     if mechanism.mode == "noised":
