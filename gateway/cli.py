@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgepriv.errors import ConfigError, EdgeprivError, MissingFileError
+from gateway.token_commands import token
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -305,6 +306,62 @@ def models_offer(config_path: Path, as_json: bool, model: str) -> None:
     _show({"schema": "edgepriv.gateway-model/1", "model": model, **_json_map(result)}, as_json, [f"{model} is offered"])
 
 
+@root.command()
+@CONFIG
+def pages(config_path: Path) -> None:
+    """Serve the operator pages until told to stop."""
+    from gateway import logs
+    from gateway.pages.serve import serve
+
+    config = _load(config_path)
+    logs.set_up(config.log.level, as_json=config.log.json)
+    serve(config)
+
+
+@root.group()
+def operators() -> None:
+    """Who may log in to the pages."""
+
+
+@operators.command("add")
+@CONFIG
+@AS_JSON
+@click.argument("name")
+@click.option("--role", type=click.Choice(["viewer", "operator"]), default="viewer", show_default=True)
+def operators_add(config_path: Path, as_json: bool, name: str, role: str) -> None:
+    """Let NAME log in; prints the token, which is kept nowhere. Running it again replaces the token."""
+    from gateway.pages.access import Operators
+
+    token = Operators(_load(config_path).pages.tokens).add(name, role)
+    document = {"schema": "edgepriv.gateway-operator/1", "name": name, "role": role, "token": token}
+    _show(document, as_json, [f"{name} ({role}) logs in with this token; it is not shown again:", token])
+
+
+@operators.command("list")
+@CONFIG
+@AS_JSON
+def operators_list(config_path: Path, as_json: bool) -> None:
+    """List who may log in."""
+    from gateway.pages.access import Operators
+
+    rows = [{"name": o.name, "role": o.role} for o in Operators(_load(config_path).pages.tokens).all()]
+    document = {"schema": "edgepriv.gateway-operators/1", "operators": rows}
+    _show(document, as_json, [f"{row['name']} {row['role']}" for row in rows] or ["nobody"])
+
+
+@operators.command("remove")
+@CONFIG
+@AS_JSON
+@click.argument("name")
+def operators_remove(config_path: Path, as_json: bool, name: str) -> None:
+    """Let NAME in no more; open sessions end at their next request."""
+    from gateway.pages.access import Operators
+
+    if not Operators(_load(config_path).pages.tokens).remove(name):
+        raise MissingFileError(f"{name} is not an operator", hint="edgepriv-gateway operators list")
+    _show({"schema": "edgepriv.gateway-operator/1", "name": name, "removed": True}, as_json, [f"{name} is removed"])
+
+
 # --- shared by the commands -------------------------------------------------------------------------------
 
 
@@ -419,6 +476,9 @@ def run_tree(command: Callable[..., Any], argv: list[str] | None = None) -> None
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)
+
+
+root.add_command(token)
 
 
 def main(argv: list[str] | None = None) -> None:
