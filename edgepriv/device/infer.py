@@ -65,7 +65,8 @@ class Inference:
     """A model's outputs for one frame.
 
     ``logits`` float32 [classes or values]; ``features`` float32 [d], empty where the model names none; detections:
-    ``boxes`` float32 [n, 4] as fractions of the frame, ``box_scores`` [n], ``box_classes`` int64 [n].
+    ``boxes`` float32 [n, 4] as fractions of the frame, ``box_scores`` [n], ``box_classes`` int64 [n] below
+    ``box_labels``, the number of labels, from which the release's bound is counted.
     """
 
     frame: Frame
@@ -74,6 +75,7 @@ class Inference:
     boxes: NDArray[np.float32] = field(default_factory=lambda: EMPTY.reshape(0, 4))
     box_scores: NDArray[np.float32] = field(default_factory=lambda: EMPTY)
     box_classes: NDArray[np.int64] = field(default_factory=lambda: EMPTY.astype(np.int64))
+    box_labels: int = 0
 
 
 def load_spec(model_path: Path) -> ModelSpec:
@@ -86,6 +88,10 @@ def load_spec(model_path: Path) -> ModelSpec:
     spec = load_settings(ModelSpec, model_path.with_name("model.toml"), {})
     if spec.task not in TASKS or spec.layout not in {"NCHW", "NHWC"} or spec.colour not in {"RGB", "BGR", "gray"}:
         raise ConfigError(f"{model_path.with_name('model.toml')}: task, layout or colour is not one of the known")
+    if spec.task == "detect" and not spec.labels:
+        raise ConfigError(
+            f"{model_path.with_name('model.toml')}: a detector needs labels", hint="the bound counts its classes"
+        )
     if spec.width < 1 or spec.height < 1 or spec.crop not in {"none", "center-square"}:
         raise ConfigError(f"{model_path.with_name('model.toml')}: width, height or crop is not valid")
     return spec
@@ -192,11 +198,16 @@ class Inferer:
         return [np.asarray(out) for out in self._session.run(self._outputs, {self._input: inputs})]
 
     def _detections(self, frame: Frame, boxes: Any, scores: Any, classes: Any) -> Inference:
+        if not all(np.isfinite(np.asarray(part, np.float64)).all() for part in (boxes, scores, classes)):
+            raise DataError("the model's output holds NaN or infinity", hint="the model or its input is broken")
         scores = np.asarray(scores, np.float32).reshape(-1)
         keep = scores >= self.spec.score_threshold
         found = np.asarray(boxes, np.float32).reshape(-1, 4)[keep]
         kinds = np.asarray(classes).reshape(-1)[keep].astype(np.int64)
-        return Inference(frame, EMPTY, boxes=found, box_scores=scores[keep], box_classes=kinds)
+        labels = len(self.spec.labels)
+        if len(kinds) and not 0 <= kinds.min() <= kinds.max() < labels:
+            raise DataError(f"the model found a class outside its {labels} labels", hint="complete model.toml's labels")
+        return Inference(frame, EMPTY, boxes=found, box_scores=scores[keep], box_classes=kinds, box_labels=labels)
 
 
 def _per_channel(values: tuple[float, ...], channels: int, name: str) -> NDArray[np.float32]:

@@ -267,7 +267,7 @@ def _descending(parts: int, total: int) -> int:
 
 def release(policy: ReleasePolicy, inference: Inference) -> Released:
     """Apply a policy to one inference and state its bound."""
-    size = len(inference.logits) or 1
+    size = inference.box_labels or len(inference.logits) or 1
     return Released(inference, policy.task, policy.name, policy.bits(size), policy.decimals, policy.release(inference))
 
 

@@ -109,7 +109,7 @@ class DeviceRuntime:
             self._disk(error)
 
     def _disk(self, error: OSError) -> None:
-        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
             raise error
         self._reject("rejected_storage", error)
 

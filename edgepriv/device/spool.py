@@ -315,4 +315,4 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _is_full(error: Exception) -> bool:
-    return "full" in str(error) or getattr(error, "errno", None) in {errno.ENOSPC, errno.EDQUOT}
+    return "full" in str(error) or getattr(error, "errno", None) in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
