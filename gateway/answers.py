@@ -10,7 +10,8 @@ Queries (``what``: arguments -> body of the reply):
 ``verdict`` (risk): ``verdict`` -> ``{"accepted", "model"}``.
 ``windows`` (risk): optional ``since`` -> ``{"windows": [...]}``, aggregated outputs as they are published.
 ``report`` (risk): ``kind`` (``round``), ``subject`` (the round's number), ``report`` (a map of figures such as
-``accuracy`` and ``leakage_bound``) -> ``{"accepted"}``: shown on the pages beside the round.
+``accuracy`` and ``leakage_bound``) -> ``{"accepted"}``: shown on the pages beside the round. The same of kind
+``model`` (device): ``subject`` the model's SHA-256 in hex, ``report`` ``{"good", "reason"}``: moves its rollout.
 
 A fetch is answered by chunks. Frames go to their recipients only; a device gets models and global weights.
 """
@@ -56,6 +57,10 @@ class ModelsPort(Protocol):
         """Check and keep a verdict of the risk service."""
         ...
 
+    def take_report(self, digest: bytes, device: str, *, good: bool, reason: str, now: float) -> None:
+        """A device says how a model does."""
+        ...
+
 
 class Desk:
     """Answers parties out of the store."""
@@ -70,7 +75,7 @@ class Desk:
             "models": ({"device", "risk"}, self._offers),
             "verdict": ({"risk"}, self._verdict),
             "windows": ({"risk"}, self._windows),
-            "report": ({"risk"}, self._report),
+            "report": ({"risk", "device"}, self._report),
         }
 
     def add(self, what: str, roles: set[str], answer: Callable[[Session, str, dict[str, Any], float], Any]) -> None:
@@ -160,8 +165,14 @@ class Desk:
     def _windows(self, _session: Session, _role: str, args: dict[str, Any], now: float) -> Any:
         return {"windows": outputs.recent(self._store.database, since=float(args.get("since", now - DAY_S)))}
 
-    def _report(self, session: Session, _role: str, args: dict[str, Any], now: float) -> Any:
+    def _report(self, session: Session, role: str, args: dict[str, Any], now: float) -> Any:
         kind, subject, report = str(args["kind"]), str(args["subject"]), args["report"]
+        if role == "device":
+            if kind != "model" or type(report.get("good")) is not bool:
+                raise WireError("a device reports on models, good or not")
+            digest, reason = bytes.fromhex(subject), str(report.get("reason", ""))
+            self._models.take_report(digest, session.party, good=report["good"], reason=reason, now=now)
+            return {"accepted": True}
         raw = cbor.encode(report)
         if kind not in REPORT_KINDS or len(subject) > 64 or not isinstance(report, dict) or len(raw) > MAX_REPORT_BYTES:
             raise WireError("a report of an unknown kind, or too large")

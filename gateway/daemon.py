@@ -34,6 +34,7 @@ from gateway.ingest import Handled, Ingest
 from gateway.metrics import Metrics
 from gateway.models import Models
 from gateway.presence import Presence
+from gateway.rollout import Plan
 from gateway.roster import Roster
 from gateway.round_driver import RoundDriver
 from gateway.sessions import Sessions
@@ -223,6 +224,7 @@ class Gateway:
             log.info("closed %d epochs that are older than the age limit", expired)
         with self.store.batch():
             self.transfers.expire(now)
+            self.models.advance_rollouts(self.rounds.active_devices(now), now)
 
     def _gauges(self, now: float) -> None:
         m = self.metrics
@@ -309,16 +311,32 @@ class Gateway:
         on("round-stop", self._stop_round)
         on("round-weights", lambda a, _who, _now: self.rounds.set_weights(Path(a["path"]), a["model"]))
         on("model-add", self._add_model)
-        on("model-halt", lambda a, who, now: self._set_model(a, "halted", who, now))
-        on("model-offer", lambda a, who, now: self._set_model(a, "offered", who, now))
+        on("model-rollout", self._begin_rollout)
+        on("model-halt", lambda a, who, now: self._with_model(a, lambda d: self.models.halt(d, actor=who, now=now)))
+        on(
+            "model-offer",
+            lambda a, who, now: self._with_model(a, lambda d: self.models.offer_again(d, actor=who, now=now)),
+        )
+        on(
+            "model-rollback",
+            lambda a, who, now: self.models.roll_back(self.models.find(a["model"]), actor=who, now=now),
+        )
 
     def _add_model(self, args: dict[str, Any], actor: str, now: float) -> dict[str, Any]:
         path = Path(args["path"])
         return {"digest": self.models.add(path, name=args["name"], version=args["version"], actor=actor, now=now)}
 
-    def _set_model(self, args: dict[str, Any], state: str, actor: str, now: float) -> dict[str, Any]:
+    def _with_model(self, args: dict[str, Any], change: Callable[[bytes], None]) -> dict[str, Any]:
         digest = self.models.find(args["model"])
-        self.models.set_state(digest, state, actor=actor, now=now)
+        change(digest)
+        return {"digest": digest}
+
+    def _begin_rollout(self, args: dict[str, Any], actor: str, now: float) -> dict[str, Any]:
+        digest = self.models.find(args["model"])
+        plan = {k: v for k, v in args.items() if k != "model"}
+        if "stages" in plan:
+            plan["stages"] = tuple(plan["stages"])
+        self.models.begin_rollout(digest, Plan(**plan), actor=actor, now=now)
         return {"digest": digest}
 
     def _stop_round(self, args: dict[str, Any], _actor: str, now: float) -> dict[str, Any]:

@@ -5,6 +5,10 @@ that is signed by a risk key of the trust list, names exactly these bytes and ha
 (never from the risk service, which must see it to judge it). A halted model is withheld from everybody else. The
 device checks the verdict again: the gateway is not trusted with this, it only does not waste the device's time.
 
+A rollout (`gateway.rollout`) offers a model to a growing share of the devices and halts by itself when too many report
+a failure; a model without one is offered to all. Rolling back withholds a version from everybody and offers the one
+before it again. Devices report with the query ``report`` of kind ``model``: ``{"good", "reason"}``.
+
 A verdict's bytes: CBOR ``[body, signature]``, the body a byte string (CBOR map) with ``model`` (SHA-256 of the bytes),
 ``verdict``, ``policy``, ``serial``, ``issued``, ``expires`` (Unix seconds); Ed25519 for the use ``verdict``.
 """
@@ -16,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from edgepriv.errors import AuthenticationError, DataError, MissingFileError, WireError
 from edgepriv.wire import cbor
+from gateway import rollout
+from gateway.rollout import Plan, Rollout, from_fields
 from gateway.store import unpack
 
 if TYPE_CHECKING:
@@ -26,6 +32,7 @@ if TYPE_CHECKING:
     from gateway.store import Store
 
 KIND = "model"
+OFFERED, HALTED = "offered", "halted"
 VERDICT_USE = "verdict"
 GOOD_VERDICT = "low leakage"
 MAX_VERDICT_BYTES = 64 << 10
@@ -79,7 +86,7 @@ class Models:
             raise MissingFileError(f"no such model: {path}")
         if not path.stat().st_size:
             raise DataError(f"{path} is empty")
-        meta = {"version": version, "state": "offered", "verdict": b"", "risk": "", "share": 100}
+        meta = {"version": version, "state": OFFERED, "verdict": b"", "risk": "", "rollout": {}}
         digest = self._store.add_object(path, kind=KIND, name=name, meta=meta, now=now)
         self._store.audit(actor, "model-add", {"model": name, "version": version, "digest": digest}, now)
         return digest
@@ -95,13 +102,17 @@ class Models:
         self, digest: bytes, name: str, size: int, added: float, meta: dict[str, Any], now: float
     ) -> dict[str, Any]:
         verdict, objection = self._verdict(digest, meta, now)
+        state = meta.get("state", OFFERED)
+        running = from_fields(meta["rollout"]) if meta.get("rollout") else None
         return {
             "id": name, "version": meta.get("version", ""), "digest": digest, "size": size, "added": added,
-            "state": meta.get("state", "offered"), "share": meta.get("share", 100),
+            "state": state,
+            "share": 100 if running is None else running.share,
+            "stage": stage_text(running) if running else "",
             "verdict": verdict.verdict if verdict else "not audited",
             "verdict_bytes": meta.get("verdict", b""), "risk": meta.get("risk", ""),
             "policy": verdict.policy if verdict else "", "expires": verdict.expires if verdict else 0,
-            "withheld": objection or ("halted" if meta.get("state") == "halted" else ""),
+            "withheld": objection or ("" if state == OFFERED else state),
         }  # fmt: skip
 
     def _verdict(self, digest: bytes, meta: dict[str, Any], now: float) -> tuple[Verdict | None, str]:
@@ -118,14 +129,21 @@ class Models:
             return verdict, f"the verdict is {verdict.verdict!r}"
         return verdict, ""
 
-    def offers(self, party: str, role: str, now: float) -> list[dict[str, Any]]:  # noqa: ARG002 - rollout asks the party
+    def offers(self, party: str, role: str, now: float) -> list[dict[str, Any]]:
         """See ModelsPort: all of them for the risk service, those not withheld for a device."""
-        return [model for model in self.listed(now) if role == "risk" or not model["withheld"]]
+        listed = self.listed(now)
+        return [m for m in listed if role == "risk" or not (m["withheld"] or self._outside(m["digest"], party))]
 
-    def withheld(self, ref: bytes, party: str, role: str, now: float) -> str:  # noqa: ARG002
+    def withheld(self, ref: bytes, party: str, role: str, now: float) -> str:
         """See ModelsPort."""
         found = [m for m in self.listed(now) if m["digest"][:16] == ref]
-        return "" if role == "risk" or not found else str(found[0]["withheld"])
+        if role == "risk" or not found:
+            return ""
+        return str(found[0]["withheld"]) or self._outside(found[0]["digest"], party)
+
+    def _outside(self, digest: bytes, party: str) -> str:
+        running = self.rollout_of(digest)
+        return "" if running is None or running.offered(party) else "this device is not in the rollout's share yet"
 
     def take_verdict(self, raw: bytes, sender: str, now: float) -> dict[str, Any]:
         """See ModelsPort; an older serial than the one that is kept is refused."""
@@ -140,6 +158,71 @@ class Models:
         self._set_meta(verdict.model, {**meta, "verdict": raw, "risk": sender})
         self._store.audit(sender, "verdict", {"digest": verdict.model, "verdict": verdict.verdict}, now)
         return {"accepted": True, "model": verdict.model}
+
+    # --- rollouts -----------------------------------------------------------------------------------------
+
+    def rollout_of(self, digest: bytes) -> Rollout | None:
+        """The rollout of a model, or None where it is offered to all."""
+        fields = self._meta(digest).get("rollout")
+        return from_fields(fields) if fields else None
+
+    def begin_rollout(self, digest: bytes, plan: Plan, *, actor: str, now: float) -> None:
+        """Offer a model to the first stage's share of the devices."""
+        self._set_meta(
+            digest, {**self._meta(digest), "state": OFFERED, "rollout": Rollout(digest, plan, now).as_fields()}
+        )
+        self._store.audit(actor, "rollout-begin", {"digest": digest, "stages": list(plan.stages)}, now)
+
+    def take_report(self, digest: bytes, device: str, *, good: bool, reason: str, now: float) -> None:
+        """A device says how a model does; too many failures halt its rollout at once."""
+        before = self.rollout_of(digest)
+        if before is None:
+            return
+        after = rollout.report(before, device, good=good, reason=reason[:200])
+        self._keep_rollout(digest, before, after, now)
+
+    def advance_rollouts(self, fleet: list[str], now: float) -> None:
+        """Go to the next stages where the present ones have passed."""
+        for model in self.listed(now):
+            before = self.rollout_of(model["digest"])
+            if before is not None and not model["withheld"]:
+                self._keep_rollout(model["digest"], before, rollout.advance(before, fleet, now), now)
+
+    def _keep_rollout(self, digest: bytes, before: Rollout, after: Rollout, now: float) -> None:
+        if after == before:
+            return
+        self._set_meta(digest, {**self._meta(digest), "rollout": after.as_fields()})
+        if (before.state, before.stage) != (after.state, after.stage):
+            detail = {"digest": digest, "state": after.state, "share": after.share, "reason": after.reason}
+            self._store.audit("gateway", f"rollout-{after.state}", detail, now)
+
+    def halt(self, digest: bytes, *, actor: str, now: float) -> None:
+        """Withhold a model from every device that does not run it, and stop its rollout."""
+        if running := self.rollout_of(digest):
+            self._keep_rollout(digest, running, rollout.halt(running, f"halted by {actor}"), now)
+        self.set_state(digest, HALTED, actor=actor, now=now)
+
+    def offer_again(self, digest: bytes, *, actor: str, now: float) -> None:
+        """Offer a halted model again; its rollout goes on where it was."""
+        if running := self.rollout_of(digest):
+            self._keep_rollout(digest, running, rollout.resume(running, now), now)
+        self.set_state(digest, OFFERED, actor=actor, now=now)
+
+    def roll_back(self, digest: bytes, *, actor: str, now: float) -> dict[str, Any]:
+        """Withhold a version from everybody and offer the one before it to all.
+
+        Raises:
+            MissingFileError: there is none before it.
+        """
+        listed = self.listed(now)
+        (this,) = [m for m in listed if m["digest"] == digest]
+        before = [m for m in listed if m["id"] == this["id"] and m["added"] < this["added"]]
+        if not before:
+            raise MissingFileError(f"there is no version of {this['id']} before {this['version']}")
+        self.set_state(digest, "rolled back", actor=actor, now=now)
+        kept = bytes(before[-1]["digest"])
+        self._set_meta(kept, {**self._meta(kept), "state": OFFERED, "rollout": {}})
+        return {"digest": digest, "offered": kept, "version": before[-1]["version"]}
 
     def set_state(self, digest: bytes, state: str, *, actor: str, now: float) -> None:
         """Halt a model or offer it again."""
@@ -165,3 +248,13 @@ class Models:
 
     def _set_meta(self, digest: bytes, meta: dict[str, Any]) -> None:
         self._store.database.execute("UPDATE objects SET meta = ? WHERE ref = ?", (cbor.encode(meta), digest[:16]))
+
+
+def stage_text(running: Rollout) -> str:
+    """A rollout in words."""
+    good = sum(1 for state, _ in running.reports.values() if state == rollout.GOOD)
+    bad = len(running.reports) - good
+    words = (
+        f"rollout {running.state}: stage {running.stage + 1} of {len(running.plan.stages)}, {good} good, {bad} failed"
+    )
+    return f"{words}; {running.reason}" if running.reason else words

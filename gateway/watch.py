@@ -41,11 +41,13 @@ class Watch:
         url = gateway.config.alerts.webhook_url
         self._webhook = Webhook(url, secret=gateway.config.outputs.webhook_secret) if url else None
         self._rejected: deque[tuple[float, int]] = deque()
+        self._models_seen: list[dict[str, Any]] | None = None
         self._pending: deque[bytes] = deque(maxlen=MAX_PENDING)
 
     def turn(self, now: float) -> None:
         """Gather the facts, raise and clear alerts, set the gauges."""
         facts = self._facts(now)
+        self._keep_models(facts.models)
         counts = self._engine.turn(facts)
         self._send_pending()
         metrics = self._gateway.metrics
@@ -77,6 +79,13 @@ class Watch:
             models=tuple(gateway.models.listed(now)),
             aborted_round=self._aborted(),
         )
+
+    def _keep_models(self, models: tuple[dict[str, Any], ...]) -> None:
+        """What the pages show of the models: they have no trust list and judge nothing themselves."""
+        shown = [{**{k: v for k, v in m.items() if k != "verdict_bytes"}, "digest": m["digest"].hex()} for m in models]
+        if shown != self._models_seen:
+            self._gateway.store.set_meta("models_seen", shown)
+            self._models_seen = shown
 
     def _one(self, sql: str, *params: Any) -> Any:
         return self._gateway.store.database.query(sql, params)[0][0]

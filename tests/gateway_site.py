@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -348,6 +349,28 @@ class Postgres:
     def close(self):
         self._server("-m", "immediate", "stop")
         shutil.rmtree(self.data, ignore_errors=True)
+
+
+class PagesServer:
+    """The pages on a real port, served by uvicorn in a thread."""
+
+    def __init__(self, app, port=None):
+        import uvicorn
+
+        self.port = port or free_port()
+        config = uvicorn.Config(
+            app, host="127.0.0.1", port=self.port, http="h11", ws="none", lifespan="off", log_config=None,
+            server_header=False, timeout_graceful_shutdown=1,
+        )  # fmt: skip
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self.thread.start()
+        self.url = f"http://127.0.0.1:{self.port}"
+        wait_for(lambda: self.server.started, 10, "the pages do not start")
+
+    def close(self):
+        self.server.should_exit = True
+        self.thread.join(10)
 
 
 class LiveParty:

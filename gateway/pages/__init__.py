@@ -1,1 +1,1 @@
-"""Part of edgepriv; see the README in this folder or in edgepriv/README.md."""
+"""The operator pages: read the gateway's store, ask the daemon for changes; hold no key of the gateway."""

@@ -11,8 +11,9 @@ from gateway_site import Device, MemoryLink, Site, exchange
 
 from edgepriv.errors import ConfigError, EdgeprivError, MissingFileError, RefusedError, TrustError
 from gateway import commands
-from gateway.cli import parse_time, root, run_tree
+from gateway.cli import root, run_tree
 from gateway.config import load
+from gateway.console import parse_time
 from gateway.round_driver import check_settings
 from gateway.schema import MIGRATIONS
 

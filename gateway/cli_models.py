@@ -1,0 +1,112 @@
+"""``edgepriv-gateway models``: add, list, roll out, halt and roll back models."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+
+from edgepriv.errors import ConfigError
+from gateway.console import AS_JSON, CONFIG, ask_daemon, json_map, load_config, opened_store, show
+
+
+@click.group()
+def models() -> None:
+    """Models for devices."""
+
+
+@models.command("add")
+@CONFIG
+@AS_JSON
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--id", "name", required=True, help="The model's id.")
+@click.option("--model-version", "version", default="1", show_default=True)
+def models_add(config_path: Path, as_json: bool, file: Path, name: str, version: str) -> None:
+    """Offer a model file to devices (withheld until it has a verdict, where one is required)."""
+    result = ask_daemon(
+        load_config(config_path),
+        "model-add",
+        {"path": str(file.resolve()), "name": name, "version": version},
+        timeout_s=60,
+    )
+    document = {"schema": "edgepriv.gateway-model/1", "id": name, "version": version, "digest": result["digest"].hex()}
+    show(document, as_json, [f"{name} {version}: {document['digest']}"])
+
+
+@models.command("list")
+@CONFIG
+@AS_JSON
+def models_list(config_path: Path, as_json: bool) -> None:
+    """List models with verdict and state."""
+    from edgepriv.keys import load_public
+    from gateway.models import Models
+    from gateway.roster import Roster
+
+    config, now = load_config(config_path), time.time()
+    with opened_store(config) as store:
+        roster = Roster(config.gateway.trust, load_public(config.gateway.owner), store, now=now)
+        listed = [json_map(model) for model in Models(store, roster, config.models).listed(now)]
+    lines = [
+        f"{m['id']} {m['version']}: {m['verdict']}, {m['withheld'] or m['state']} ({m['digest'][:12]})" for m in listed
+    ]
+    show({"schema": "edgepriv.gateway-models/1", "models": listed}, as_json, lines or ["no models"])
+
+
+@models.command("halt")
+@CONFIG
+@AS_JSON
+@click.argument("model")
+def models_halt(config_path: Path, as_json: bool, model: str) -> None:
+    """Withhold a model from all devices."""
+    result = ask_daemon(load_config(config_path), "model-halt", {"model": model})
+    show({"schema": "edgepriv.gateway-model/1", "model": model, **json_map(result)}, as_json, [f"{model} is withheld"])
+
+
+@models.command("rollout")
+@CONFIG
+@AS_JSON
+@click.argument("model")
+@click.option("--stages", default="5,25,100", show_default=True, help="Rising percentages of the devices.")
+@click.option("--settle", "settle_s", default=3600.0, show_default=True, help="Seconds that a stage lasts at least.")
+@click.option("--min-good", default=3, show_default=True, help="Devices that must report good in a stage.")
+@click.option("--max-failed", default=0.1, show_default=True, help="Share of failures that halts it.")
+def models_rollout(
+    config_path: Path, as_json: bool, model: str, stages: str, settle_s: float, min_good: int, max_failed: float
+) -> None:
+    """Offer a model to a growing share of the devices; it halts by itself when too many report a failure."""
+    try:
+        shares = [int(share) for share in stages.split(",")]
+    except ValueError:
+        raise ConfigError(f"{stages!r} is not a list of percentages", hint="for example 5,25,100") from None
+    args = {
+        "model": model,
+        "stages": shares,
+        "settle_s": settle_s,
+        "min_good": min_good,
+        "max_failed_share": max_failed,
+    }
+    result = ask_daemon(load_config(config_path), "model-rollout", args)
+    lines = [f"{model} is offered to {shares[0]} % of the devices"]
+    show({"schema": "edgepriv.gateway-model/1", "model": model, **json_map(result)}, as_json, lines)
+
+
+@models.command("rollback")
+@CONFIG
+@AS_JSON
+@click.argument("model")
+def models_rollback(config_path: Path, as_json: bool, model: str) -> None:
+    """Withhold a version from everybody and offer the one before it."""
+    result = ask_daemon(load_config(config_path), "model-rollback", {"model": model})
+    lines = [f"{model} is rolled back; version {result['version']} is offered"]
+    show({"schema": "edgepriv.gateway-model/1", "model": model, **json_map(result)}, as_json, lines)
+
+
+@models.command("offer")
+@CONFIG
+@AS_JSON
+@click.argument("model")
+def models_offer(config_path: Path, as_json: bool, model: str) -> None:
+    """Offer a halted model again."""
+    result = ask_daemon(load_config(config_path), "model-offer", {"model": model})
+    show({"schema": "edgepriv.gateway-model/1", "model": model, **json_map(result)}, as_json, [f"{model} is offered"])

@@ -1,0 +1,93 @@
+"""``edgepriv-gateway rounds``: start, stop, list and show federated rounds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgepriv.errors import MissingFileError
+from gateway.console import AS_JSON, CONFIG, ask_daemon, assignment, json_map, load_config, opened_store, show
+
+
+@click.group()
+def rounds() -> None:
+    """Federated rounds."""
+
+
+@rounds.command("list")
+@CONFIG
+@AS_JSON
+@click.option("--limit", default=50, show_default=True, type=click.IntRange(1, 10_000))
+def rounds_list(config_path: Path, as_json: bool, limit: int) -> None:
+    """List rounds, newest first."""
+    with opened_store(load_config(config_path)) as store:
+        rows = store.database.query(
+            "SELECT number, state, record, started, updated FROM rounds ORDER BY number DESC LIMIT ?", (limit,)
+        )
+    listed = [_round(row) for row in rows]
+    lines = [f"round {r['round']}: {r['state']}{' (' + r['reason'] + ')' if r.get('reason') else ''}" for r in listed]
+    show({"schema": "edgepriv.gateway-rounds/1", "rounds": listed}, as_json, lines or ["no rounds"])
+
+
+@rounds.command("show")
+@CONFIG
+@AS_JSON
+@click.argument("number", type=int)
+def rounds_show(config_path: Path, as_json: bool, number: int) -> None:
+    """Show a round's record."""
+    with opened_store(load_config(config_path)) as store:
+        rows = store.database.query(
+            "SELECT number, state, record, started, updated FROM rounds WHERE number = ?", (number,)
+        )
+    if not rows:
+        raise MissingFileError(f"there was no round {number}", hint="edgepriv-gateway rounds list")
+    found = _round(rows[0])
+    show({"schema": "edgepriv.gateway-round/1", **found}, as_json, [f"{k}: {v}" for k, v in found.items()])
+
+
+def _round(row: tuple[Any, ...]) -> dict[str, Any]:
+    from gateway.store import unpack
+
+    number, state, record, started, updated = row
+    return json_map({**unpack(record), "round": number, "state": state, "started": started, "updated": updated})
+
+
+@rounds.command("start")
+@CONFIG
+@AS_JSON
+@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Instead of a value in [rounds].")
+def rounds_start(config_path: Path, as_json: bool, changes: tuple[str, ...]) -> None:
+    """Open a round over the devices that were heard lately."""
+    result = ask_daemon(load_config(config_path), "round-start", dict(assignment(text) for text in changes))
+    show({"schema": "edgepriv.gateway-round-start/1", **result}, as_json, [f"round {result['round']} is open"])
+
+
+@rounds.command("stop")
+@CONFIG
+@AS_JSON
+@click.argument("number", type=int)
+@click.option("--reason", default="stopped by the operator", show_default=True)
+def rounds_stop(config_path: Path, as_json: bool, number: int, reason: str) -> None:
+    """Abort a round."""
+    ask_daemon(load_config(config_path), "round-stop", {"round": number, "reason": reason})
+    show({"schema": "edgepriv.gateway-round-stop/1", "round": number}, as_json, [f"round {number} is aborted"])
+
+
+@rounds.command("weights")
+@CONFIG
+@AS_JSON
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--model", required=True, help="Id of the model whose tensors these are.")
+def rounds_weights(config_path: Path, as_json: bool, file: Path, model: str) -> None:
+    """Make a file of weights (edgepriv update format) the base of the next round."""
+    config = load_config(config_path)
+    result = ask_daemon(config, "round-weights", {"path": str(file.resolve()), "model": model})
+    document = {
+        "schema": "edgepriv.gateway-weights/1",
+        "model": model,
+        "digest": result["digest"].hex(),
+        "size": result["size"],
+    }
+    show(document, as_json, [f"weights {document['digest']} of {model} are the base of the next round"])

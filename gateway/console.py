@@ -1,0 +1,131 @@
+"""What all commands of ``edgepriv-gateway`` share: options, store, the way to the daemon, how results are shown."""
+
+from __future__ import annotations
+
+import datetime as dt
+import getpass
+import json
+import os
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgepriv.errors import ConfigError, MissingFileError
+
+if TYPE_CHECKING:
+    from gateway.config import Config
+    from gateway.store import Store
+
+CONFIG = click.option(
+    "--config",
+    "config_path",
+    type=click.Path(path_type=Path),
+    default=Path("/etc/edgepriv/gateway.toml"),
+    show_default=True,
+    help="The gateway's configuration file.",
+)
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+
+
+def parse_time(text: str) -> float:
+    """Unix seconds of an age (``10m``) or an ISO date, or ConfigError."""
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text):
+        return time.time() - float(match[1]) * _UNITS[match[2]]
+    try:
+        moment = dt.datetime.fromisoformat(text.replace("Z", "+00:00"))
+    except ValueError:
+        raise ConfigError(
+            f"{text!r} is not a time", hint="an age like 10m, 2h, 7d, or a date like 2026-11-20"
+        ) from None
+    return moment.timestamp()
+
+
+def load_config(path: Path) -> Config:
+    """Read the configuration."""
+    from gateway.config import load
+
+    return load(path)
+
+
+class opened_store:  # noqa: N801 - used like a function: with opened_store(config)
+    """The store of a configuration, closed at the end."""
+
+    def __init__(self, config: Config, *, create: bool = False) -> None:
+        from gateway.daemon import open_store
+
+        if not create and not config.store.url_file and not (config.gateway.state / "gateway.db").is_file():
+            raise MissingFileError(f"no store in {config.gateway.state}", hint="the gateway has not run yet")
+        self._store = open_store(config, create=create)
+
+    def __enter__(self) -> Store:
+        return self._store
+
+    def __exit__(self, *_: object) -> None:
+        self._store.close()
+
+
+def is_running(config: Config) -> bool:
+    """Whether a daemon holds the state folder's lock."""
+    import fcntl
+
+    try:
+        with (config.gateway.state / "lock").open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def ask_daemon(config: Config, action: str, args: dict[str, Any], timeout_s: float = 20.0) -> dict[str, Any]:
+    """Hand a command to the daemon and wait for its result."""
+    from gateway import commands
+
+    with opened_store(config) as store:
+        number = commands.submit(store, actor(), action, args, time.time())
+        return commands.wait(store, number, timeout_s)
+
+
+def actor() -> str:
+    """Who types, for the audit log."""
+    try:
+        return f"cli:{getpass.getuser()}"
+    except (KeyError, OSError):
+        return f"cli:{os.getuid()}"
+
+
+def assignment(text: str) -> tuple[str, Any]:
+    """``KEY=VALUE`` with a JSON value where it parses (ConfigError otherwise)."""
+    key, sign, value = text.partition("=")
+    if not sign:
+        raise ConfigError(f"{text!r} is not KEY=VALUE")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
+def jsonable(value: Any) -> Any:
+    """Bytes as hex, through maps and lists."""
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, dict):
+        return {key: jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(item) for item in value]
+    return value
+
+
+def json_map(value: dict[str, Any]) -> dict[str, Any]:
+    """`jsonable` of a map."""
+    return {key: jsonable(item) for key, item in value.items()}
+
+
+def show(document: dict[str, Any], as_json: bool, lines: list[str]) -> None:
+    """Print the document, or the lines for people."""
+    click.echo(json.dumps(document) if as_json else "\n".join(lines))

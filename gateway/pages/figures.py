@@ -1,0 +1,286 @@
+"""What the pages show, read from the store: plain values, no markup, every list paged.
+
+Nothing here returns an image, an envelope, a single output or an update; sizes and counts only.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from edgepriv.errors import DataError
+from edgepriv.wire import cbor
+from gateway.store import unpack
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from gateway.config import Config
+    from gateway.database import Database, Row
+
+PAGE_ROWS = 50
+STALE_S = 15.0
+MAX_SNAPSHOT_BYTES = 64 << 20
+_ROUND = "SELECT number, state, record, started, updated FROM rounds"
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """One page of a list."""
+
+    rows: list[dict[str, Any]]
+    number: int
+    pages: int
+    total: int
+
+
+class Figures:
+    """Reads everything that the pages show."""
+
+    def __init__(self, database: Database, config: Config, clock: Callable[[], float] = time.time) -> None:
+        self._db, self._config, self._clock = database, config, clock
+
+    def _count(self, sql: str, *params: Any) -> int:
+        return int(self._db.query(sql, params)[0][0] or 0)
+
+    def _page(self, number: int, total: int) -> tuple[int, int, int]:
+        pages = max(1, -(-total // PAGE_ROWS))
+        number = min(max(number, 1), pages)
+        return number, pages, (number - 1) * PAGE_ROWS
+
+    # --- the daemon ---------------------------------------------------------------------------------------
+
+    def status(self) -> dict[str, Any]:
+        """The daemon's own status file, with its age; ``stale`` where it has not written lately."""
+        path: Path = self._config.gateway.state / "status.json"
+        try:
+            status: dict[str, Any] = json.loads(path.read_text())
+        except (OSError, ValueError):
+            return {"stale": True, "age_s": None, "failed": {"daemon": "it has not run yet"}, "gateway": "gateway"}
+        status["age_s"] = max(0.0, self._clock() - float(status.get("at", 0)))
+        status["stale"] = status["age_s"] > STALE_S
+        return status
+
+    def overview(self) -> dict[str, Any]:
+        """The two questions: is the fleet well, and is anything leaking?"""
+        alerts = self.open_alerts()
+        leaking = [a for a in alerts if a["name"] == "model-leaks"]
+        models = self.models()
+        unjudged = [m for m in models if m["verdict"] == "not audited"]
+        others = [a for a in alerts if a["name"] != "model-leaks"]
+        return {
+            "alerts": others,
+            "leaking": leaking,
+            "models": len(models),
+            "unjudged": unjudged,
+            **self.fleet_counts(),
+        }
+
+    # --- fleet --------------------------------------------------------------------------------------------
+
+    def fleet_counts(self) -> dict[str, int]:
+        """Devices in all, and how many are silent."""
+        before = self._clock() - self._config.alerts.device_silent_s
+        total = self._count("SELECT count(*) FROM devices WHERE party LIKE 'dev-%'")
+        silent = self._count("SELECT count(*) FROM devices WHERE party LIKE 'dev-%' AND last_seen < ?", before)
+        return {"devices": total, "silent": silent}
+
+    def fleet(self, search: str, number: int, *, only_silent: bool = False) -> Page:
+        """Devices by name; ``search`` is a part of the name."""
+        where = "party LIKE 'dev-%'"
+        params: list[Any] = []
+        if search:
+            where += " AND party LIKE ? ESCAPE '!'"
+            params.append(f"%{_literal(search[:48])}%")
+        if only_silent:
+            where += " AND last_seen < ?"
+            params.append(self._clock() - self._config.alerts.device_silent_s)
+        total = self._count(f"SELECT count(*) FROM devices WHERE {where}", *params)  # noqa: S608 - parts above
+        number, pages, offset = self._page(number, total)
+        rows = self._db.query(
+            f"SELECT party, last_seen, status, status_at FROM devices WHERE {where} ORDER BY party LIMIT ? OFFSET ?",  # noqa: S608
+            (*params, PAGE_ROWS, offset),
+        )
+        return Page([self._device(row) for row in rows], number, pages, total)
+
+    def _device(self, row: Row) -> dict[str, Any]:
+        party, last_seen, raw, _ = row
+        now, status = self._clock(), unpack(raw)
+        counters = status.get("counters", {}) if isinstance(status.get("counters"), dict) else {}
+        drops = sum(v for k, v in counters.items() if k.startswith("dropped") and isinstance(v, int))
+        return {
+            "name": party,
+            "seen_s": max(0.0, now - last_seen),
+            "silent": now - last_seen > self._config.alerts.device_silent_s,
+            "model": str(status.get("model", "")),
+            "level": status.get("level", 0),
+            "firmware": str(status.get("firmware", "")),
+            "queue": counters.get("pending", counters.get("waiting")),
+            "drops": drops,
+            "certificate_days": counters.get("certificate_days"),
+            "trust_version": status.get("trust_version"),
+        }
+
+    # --- rounds -------------------------------------------------------------------------------------------
+
+    def rounds(self, number: int) -> Page:
+        """Rounds, newest first, with what was reported about them."""
+        total = self._count("SELECT count(*) FROM rounds")
+        number, pages, offset = self._page(number, total)
+        rows = self._db.query(f"{_ROUND} ORDER BY number DESC LIMIT ? OFFSET ?", (PAGE_ROWS, offset))
+        reports = self._reports([row[0] for row in rows])
+        return Page([_round(row, reports) for row in rows], number, pages, total)
+
+    def _reports(self, numbers: list[int]) -> dict[str, dict[str, Any]]:
+        if not numbers:
+            return {}
+        marks = ", ".join("?" for _ in numbers)
+        rows = self._db.query(
+            f"SELECT subject, body FROM reports WHERE kind = 'round' AND subject IN ({marks})",  # noqa: S608
+            [str(n) for n in numbers],
+        )
+        return {subject: unpack(body) for subject, body in rows}
+
+    def round(self, number: int) -> dict[str, Any] | None:
+        """One round's record, or None."""
+        rows = self._db.query(f"{_ROUND} WHERE number = ?", (number,))
+        return _round(rows[0], self._reports([number])) if rows else None
+
+    def running(self) -> dict[str, Any] | None:
+        """The round that runs now: its state and how many devices stand where."""
+        rows = self._db.query(
+            "SELECT number, state, snapshot, started FROM rounds WHERE snapshot IS NOT NULL"
+            " ORDER BY number DESC LIMIT 1"
+        )
+        if not rows:
+            return None
+        number, state, raw, started = rows[0]
+        body = cbor.decode_map(bytes(raw), max_bytes=MAX_SNAPSHOT_BYTES)
+        counts: dict[str, int] = {}
+        for device in body.get("devices", {}).values():
+            counts[device[0]] = counts.get(device[0], 0) + 1
+        plan = body.get("plan", {})
+        return {
+            "number": number,
+            "state": state,
+            "seconds": max(0.0, self._clock() - started),
+            "counts": dict(sorted(counts.items())),
+            "invited": len(body.get("devices", {})),
+            "folded": counts.get("folded", 0),
+            "quorum": plan.get("quorum", 0),
+            "deadline_s": plan.get("deadline_s", 0.0),
+            "privacy": plan.get("privacy", ""),
+        }
+
+    def round_series(self) -> dict[str, list[float]]:
+        """The last 200 ended rounds as columns for the chart."""
+        rows = self._db.query(f"{_ROUND} WHERE snapshot IS NULL ORDER BY number DESC LIMIT 200")
+        rounds = [_round(row, {}) for row in reversed(rows)]
+        return {
+            "number": [r["number"] for r in rounds],
+            "participants": [r["participants"] for r in rounds],
+            "seconds": [round(r["seconds"], 1) for r in rounds],
+        }
+
+    # --- models, storage, alerts --------------------------------------------------------------------------
+
+    def models(self) -> list[dict[str, Any]]:
+        """Models with what the daemon last judged of them."""
+        rows = self._db.query("SELECT value FROM meta WHERE name = 'models_seen'")
+        listed = unpack(rows[0][0]) if rows else []
+        return listed if isinstance(listed, list) else []
+
+    def storage(self, number: int) -> tuple[dict[str, Any], Page]:
+        """Totals, and frames and bytes by device."""
+        totals = self._db.query("SELECT count(*), coalesce(sum(size), 0) FROM frames WHERE erased = 0")[0]
+        outputs = self._count("SELECT count(*) FROM outputs WHERE erased = 0")
+        erased = self._count("SELECT count(*) FROM frames WHERE erased = 1")
+        devices = self._count("SELECT count(DISTINCT party) FROM frames WHERE erased = 0")
+        number, pages, offset = self._page(number, devices)
+        rows = self._db.query(
+            "SELECT party, count(*), sum(size), min(received), max(received) FROM frames WHERE erased = 0"
+            " GROUP BY party ORDER BY party LIMIT ? OFFSET ?",
+            (PAGE_ROWS, offset),
+        )
+        listed = [{"name": r[0], "frames": r[1], "bytes": int(r[2]), "first": r[3], "last": r[4]} for r in rows]
+        summary = {
+            "frames": totals[0], "bytes": int(totals[1]), "outputs": outputs, "erased": erased,
+            "limit": self._config.store.max_bytes, "age_days": self._config.store.max_age_days,
+        }  # fmt: skip
+        return summary, Page(listed, number, pages, devices)
+
+    def open_alerts(self) -> list[dict[str, Any]]:
+        """Alerts that are true now."""
+        return self._alerts("cleared IS NULL ORDER BY severity, raised DESC LIMIT 200")
+
+    def past_alerts(self) -> list[dict[str, Any]]:
+        """Alerts that were cleared."""
+        return self._alerts("cleared IS NOT NULL ORDER BY cleared DESC LIMIT 100")
+
+    def _alerts(self, where: str) -> list[dict[str, Any]]:
+        columns = ("name", "subject", "severity", "text", "raised", "cleared")
+        rows = self._db.query(f"SELECT {', '.join(columns)} FROM alerts WHERE {where}")  # noqa: S608 - fixed text
+        return [dict(zip(columns, row, strict=True)) for row in rows]
+
+    def audit(self, number: int) -> Page:
+        """The audit log, newest first."""
+        total = self._count("SELECT count(*) FROM audit")
+        number, pages, offset = self._page(number, total)
+        rows = self._db.query(
+            "SELECT at, actor, action, detail FROM audit ORDER BY id DESC LIMIT ? OFFSET ?", (PAGE_ROWS, offset)
+        )
+        listed = [{"at": r[0], "actor": r[1], "action": r[2], "detail": _shown(unpack(r[3]))} for r in rows]
+        return Page(listed, number, pages, total)
+
+
+def _literal(text: str) -> str:
+    """Make a search text match itself in LIKE."""
+    return text.replace("!", "!!").replace("%", "!%").replace("_", "!_")
+
+
+def _round(row: Row, reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    number, state, raw, started, updated = row
+    record, report = unpack(raw), reports.get(str(number), {})
+    return {
+        "number": number,
+        "state": state,
+        "reason": record.get("reason", ""),
+        "privacy": record.get("privacy", ""),
+        "participants": len(record.get("participants", [])),
+        "names": list(record.get("participants", [])),
+        "invited": record.get("invited", 0),
+        "rejected": [list(r) for r in record.get("rejected", [])],
+        "epsilon": record.get("epsilon", 0.0),
+        "delta": record.get("delta", 0.0),
+        "noise": record.get("noise", "none"),
+        "model": record.get("model", ""),
+        "before": _hex(record.get("before")),
+        "after": _hex(record.get("after")),
+        "started": started,
+        "seconds": max(0.0, updated - started),
+        "accuracy": report.get("accuracy"),
+        "leakage_bound": report.get("leakage_bound"),
+    }
+
+
+def _hex(value: Any) -> str:
+    return value.hex() if isinstance(value, bytes) else ""
+
+
+def _shown(detail: Any) -> str:
+    if not isinstance(detail, dict):
+        return str(detail)[:200]
+    parts = [f"{k}: {v.hex()[:16] if isinstance(v, bytes) else v}" for k, v in detail.items()]
+    return ", ".join(parts)[:300]
+
+
+def whole_number(text: str | None, default: int) -> int:
+    """A positive number of a query string, or DataError."""
+    if text is None or text == "":
+        return default
+    if not text.isascii() or not text.isdigit() or len(text) > 9:
+        raise DataError("a page number is a number")
+    return int(text)

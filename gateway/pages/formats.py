@@ -1,0 +1,58 @@
+"""Numbers for people: every figure with its unit."""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+NONE = "–"
+
+
+def size(value: Any) -> str:
+    """Bytes as kB, MB, GB (powers of ten)."""
+    if value is None:
+        return NONE
+    number = float(value)
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000 or unit == "GB":
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return NONE
+
+
+def duration(value: Any) -> str:
+    """Seconds as s, min, h, d."""
+    if value is None:
+        return NONE
+    number = float(value)
+    for limit, divisor, unit in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
+        if number < limit:
+            return f"{number / divisor:.0f} {unit}"
+    return f"{number / 86_400:.0f} d"
+
+
+def moment(value: Any) -> str:
+    """Unix seconds as UTC."""
+    if not value:
+        return NONE
+    return dt.datetime.fromtimestamp(float(value), dt.timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def number(value: Any, digits: int = 0, unit: str = "") -> str:
+    """A number with digits and unit, or a dash."""
+    if value is None or isinstance(value, bool) or not isinstance(value, (int, float)):
+        return NONE
+    return f"{value:,.{digits}f}{' ' + unit if unit else ''}"
+
+
+def percent(value: Any) -> str:
+    """A share as per cent."""
+    return NONE if not isinstance(value, (int, float)) else f"{100 * value:.1f} %"
+
+
+FILTERS: dict[str, Callable[..., str]] = {
+    "size": size, "duration": duration, "moment": moment, "number": number, "percent": percent,
+}  # fmt: skip
