@@ -43,10 +43,10 @@ PRESET_NAMES = (
 @click.option("--labels", default=None, type=click.Choice(["known", "inferred", "joint"]))
 @click.option("--iterations", type=click.IntRange(1), default=None, help="Of each restart.")
 @click.option("--restarts", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--noise-sigma", type=float, default=None, help="Noise in the update, for the bound.")
+@click.option("--noise-sigma", type=click.FloatRange(0), default=0.0, help="Noise in the update, for the bound.")
 @click.option("--clip", type=float, default=None, help="L2 norm the update was clipped to.")
 @click.option("--clients", type=click.IntRange(1), default=1, show_default=True, help="The update is their mean.")
-@click.option("--subspace", type=click.IntRange(0), default=0, help="Bound over so many low frequencies only.")
+@click.option("--subspace", type=click.IntRange(0), default=None, help="Bound over so many low frequencies only.")
 @click.option("--no-bound", is_flag=True, help="Leave the bound out.")
 @click.option("--fail-on", default="never", show_default=True, type=click.Choice(["never", "leaks", "at-risk"]))
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -87,9 +87,9 @@ def update(
 def _audit(
     model: Any, tensors: dict[str, Any], recipe: LocalRecipe, canaries: Canaries, options: dict[str, Any]
 ) -> UpdateAudit:
-    from edgepriv.risk.gradient_leakage.audit import ROUNDING_SIGMA, judge_update
+    from edgepriv.risk.gradient_leakage.audit import judge_update
 
-    sigma = None if options["no_bound"] else max(options["noise_sigma"] or 0.0, ROUNDING_SIGMA)
+    sigma = None if options["no_bound"] else options["noise_sigma"]
     return judge_update(
         model,
         tensors,
@@ -108,17 +108,19 @@ def _audit(
 def _bound_only(
     model: Any, tensors: dict[str, Any], recipe: LocalRecipe, canaries: Canaries, options: dict[str, Any]
 ) -> dict[str, Any]:
-    from edgepriv.risk.gradient_leakage.audit import ROUNDING_SIGMA, Limits, judge
-    from edgepriv.risk.gradient_leakage.bound import bound, jacobian
+    from edgepriv.risk.gradient_leakage.audit import Limits, judge, with_rounding
+    from edgepriv.risk.gradient_leakage.bound import affordable_subspace, bound, jacobian
     from edgepriv.risk.gradient_leakage.inversion import check_update
 
     check_update(model.state_dict(), tensors)
+    chosen = options["subspace"]
     jac = jacobian(
         model, canaries.images, canaries.labels, recipe, canaries.public,
-        subspace=options["subspace"], clients=options["clients"], device=options["device"],
+        subspace=affordable_subspace(canaries.images.shape) if chosen is None else chosen,
+        clients=options["clients"], device=options["device"],
     )  # fmt: skip
     shares = any(name.endswith(".running_mean") for name in tensors)
-    sigma = max(options["noise_sigma"] or 0.0, ROUNDING_SIGMA)
+    sigma = with_rounding(model.state_dict(), tensors, options["noise_sigma"])
     ceiling = bound(jac, sigma, shares_statistics=shares, clip=options["clip"])
     verdict, reason = judge(None, ceiling, Limits())
     record = ceiling.record()

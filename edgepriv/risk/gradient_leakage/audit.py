@@ -15,7 +15,7 @@ import numpy as np
 
 from edgepriv.errors import DataError
 from edgepriv.federated.torch_trainer import train_locally
-from edgepriv.risk.gradient_leakage.bound import CAVEAT, bound, jacobian
+from edgepriv.risk.gradient_leakage.bound import CAVEAT, affordable_subspace, bound, jacobian
 from edgepriv.risk.gradient_leakage.head_inversion import invert_head
 from edgepriv.risk.gradient_leakage.inversion import Attack, check_update, invert
 from edgepriv.risk.gradient_leakage.measures import score, train_features
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from numpy.typing import NDArray
-    from torch import nn
+    from torch import Tensor, nn
 
     from edgepriv.federated.local_recipe import LocalRecipe
     from edgepriv.risk.gradient_leakage.bound import Bound
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from edgepriv.risk.gradient_leakage.measures import Features, Leakage
     from edgepriv.risk.gradient_leakage.protections import Protection
 
-ROUNDING_SIGMA = 2.0**-16 / 12**0.5
+FLOAT32_STEP = 2.0**-24
 LEAKS, AT_RISK, CONTAINED = "leaks", "at risk", "contained"
 
 
@@ -152,10 +152,10 @@ def judge_update(
     canaries: Canaries,
     *,
     attack: Attack | None = None,
-    sigmas: Mapping[str, float] | float | None = ROUNDING_SIGMA,
+    sigmas: Mapping[str, float] | float | None = 0.0,
     clip: float | None = None,
     clients: int = 1,
-    subspace: int = 0,
+    subspace: int | None = None,
     limits: Limits | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
@@ -168,11 +168,11 @@ def judge_update(
         recipe: how it was made.
         canaries: see :class:`Canaries`.
         attack: see :class:`Attack`.
-        sigmas: noise that is in the update, for the bound; ``None`` leaves the bound out. The default is the
-            rounding of 16 fraction bits, which every update carries.
+        sigmas: noise std that is in the update, for the bound; what float32 rounds away is added to it, so the
+            bound is finite without noise too. ``None`` leaves the bound out.
         clip: L2 norm it was clipped to.
         clients: it is the mean over this many devices.
-        subspace: see :func:`bound.jacobian`.
+        subspace: see :func:`bound.jacobian`; ``None`` takes what is affordable.
         limits: for the verdict.
         device: a torch device.
         progress: of the attack.
@@ -198,14 +198,30 @@ def judge_update(
             canaries.labels,
             recipe,
             canaries.public,
-            subspace=subspace,
+            subspace=affordable_subspace(canaries.images.shape) if subspace is None else subspace,
             clients=clients,
             device=device,
         )
         shares = any(name.endswith(".running_mean") for name in update)
-        ceiling = bound(jac, sigmas, shares_statistics=shares, clip=clip)
+        noise = with_rounding(model.state_dict(), update, sigmas)
+        ceiling = bound(jac, noise, shares_statistics=shares, clip=clip)
     verdict, reason = judge(leakage, ceiling, limits or Limits())
     return UpdateAudit(leakage, ceiling, found, verdict, reason)
+
+
+def with_rounding(
+    state: Mapping[str, Tensor], update: Mapping[str, NDArray[Any]], sigmas: Mapping[str, float] | float
+) -> dict[str, float]:
+    """Add to a noise what float32 rounds away when weights after and before are subtracted."""
+    found = {}
+    for name, change in update.items():
+        sigma = sigmas if isinstance(sigmas, float | int) else sigmas.get(name)
+        if sigma is None or not np.issubdtype(change.dtype, np.floating):
+            continue
+        weight = state[name].double()
+        size = max(float((weight**2).mean()) ** 0.5, float(np.sqrt(np.mean(change.astype(np.float64) ** 2))), 1e-12)
+        found[name] = float(np.hypot(sigma, FLOAT32_STEP * size / 12**0.5))
+    return found
 
 
 def judge(leakage: Leakage | None, ceiling: Bound | None, limits: Limits) -> tuple[str, str]:
@@ -254,15 +270,13 @@ def audit_round(
     attack = replace(attack or Attack(iterations=60), seed=seed)
     update = canary_update(model, recipe, canaries, clients=clients, seed=seed, device=device)
     sent = protection.apply(update, np.random.default_rng(seed))
-    raw = protection.sigmas(update)
-    sigmas = {name: max(sigma, ROUNDING_SIGMA) for name, sigma in raw.items()}
     audit = judge_update(
         model,
         sent,
         recipe,
         canaries,
         attack=attack,
-        sigmas=sigmas,
+        sigmas=protection.sigmas(update),
         clip=getattr(protection, "clip", None),
         clients=clients,
         limits=limits,

@@ -39,6 +39,8 @@ CAVEAT = (
     "canary, not about anybody's private images."
 )
 MAX_JACOBIAN_BYTES = 4 << 30
+MAX_PIXELS = 1024
+SUBSPACE_PIXELS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +142,14 @@ def jacobian(
     norm = math.sqrt(sum(float((v.detach().double() ** 2).sum()) for v in released.values()))
     seconds = time.perf_counter() - began
     return Jacobian(groups, prior, len(images), channels * images.shape[2] * images.shape[3], subspace, seconds, norm)
+
+
+def affordable_subspace(shape: tuple[int, ...]) -> int:
+    """Return 0 (every pixel) for up to 1,024 pixels, else as many frequencies as keep the bound at seconds."""
+    n, channels, height, width = shape
+    if n * channels * height * width <= MAX_PIXELS:
+        return 0
+    return max(1, min(height, width, math.isqrt(max(1, SUBSPACE_PIXELS // (n * channels)))))
 
 
 def bound(
