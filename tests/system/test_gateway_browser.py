@@ -1,0 +1,199 @@
+"""A real browser on the real pages: log-in, a live round, a rollout that halts itself, a leaking model; axe-core.
+
+Screenshots land in ``EDGEPRIV_REPORT_DIR`` where it is set, else in the test's own folder.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gateway_site import Broker, Device, GatewayProcess, LiveParty, PagesServer, Recipient, Site, wait_for
+
+from edgepriv.wire import cbor
+from edgepriv.wire.messages import Query
+from edgepriv.wire.update import encode_update
+from gateway import commands
+from gateway.config import load
+from gateway.daemon import open_store
+from gateway.pages.app import Pages
+
+pytestmark = [pytest.mark.system, pytest.mark.browser]
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+AXE = Path(__file__).resolve().parent.parent / "vendor" / "axe-core" / "axe.min.js"
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("chromium is not installed")
+    with playwright.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def site(tmp_path):
+    made = Site(
+        tmp_path, devices=[f"cam{i}" for i in range(1, 5)], pages={"tokens": "operators.toml", "port": 1},
+        models={"require_verdict": False}, rounds={"quorum": 1, "deadline_s": 60.0, "resend_s": 1.0},
+    )  # fmt: skip
+    made.broker, made.daemon = Broker(tmp_path, made.port), GatewayProcess(made)
+    made.config = load(made.config_path)
+    made.store = open_store(made.config)
+    pages = Pages(made.config, made.store)
+    made.tokens = {name: pages.operators.add(name, role) for name, role in (("ann", "operator"), ("vic", "viewer"))}
+    made.server = PagesServer(pages.guarded())
+    yield made
+    made.server.close()
+    made.store.close()
+    assert made.daemon.stop() == 0
+    made.broker.close()
+
+
+def shot(page, name, tmp_path):
+    folder = Path(os.environ.get("EDGEPRIV_REPORT_DIR", tmp_path)) / "screenshots"
+    folder.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=str(folder / f"{name}.png"), full_page=True)
+
+
+def serious_faults(page):
+    """Violations that axe-core calls serious or critical."""
+    page.evaluate(AXE.read_text())
+    found = page.evaluate("axe.run()")
+    bad = [v for v in found["violations"] if v["impact"] in {"serious", "critical"}]
+    return [f"{v['id']}: {v['nodes'][0]['html'][:120]}" for v in bad]
+
+
+def log_in(page, site, who):
+    page.goto(site.server.url + "/")
+    page.fill("#token", site.tokens[who])
+    page.click("main button")
+    page.wait_for_selector("h1:has-text('Overview')")
+
+
+def report(device, digest, good, reason=""):
+    return device.seal(Query(os.urandom(8), "report", {
+        "kind": "model", "subject": digest.hex(), "report": {"good": good, "reason": reason},
+    }))  # fmt: skip
+
+
+def test_an_operator_watches_a_round_and_a_rollout_that_halts_itself(site, browser, tmp_path):
+    parties = [LiveParty(site, Device(site, name)) for name in site.devices]
+    for party in parties:
+        wait_for(lambda p=party: p.pump() or p.device.acks, 15, "no session")
+    weights = tmp_path / "w.bin"
+    weights.write_bytes(encode_update({"w": np.zeros(4, np.float32)}))
+    command = {"path": str(weights), "model": "m"}
+    commands.wait(site.store, commands.submit(site.store, "test", "round-weights", command, time.time()), 15)
+    time.sleep(1.0)  # the devices' presence is written twice a second
+
+    context = browser.new_context(color_scheme="light")
+    page = context.new_page()
+    errors = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(site.server.url + "/")
+    assert serious_faults(page) == []
+    shot(page, "login", tmp_path)
+    log_in(page, site, "ann")
+    assert serious_faults(page) == []
+    shot(page, "overview", tmp_path)
+
+    # a live round, started from the page and followed without a reload
+    page.goto(site.server.url + "/rounds")
+    page.click("text=Start a round")
+    page.wait_for_selector("text=Done.")
+    page.wait_for_selector("#live-round:not([hidden])")
+    assert page.inner_text("[aria-current=step]") == "collecting"
+    shot(page, "round-live", tmp_path)
+    first = page.inner_text("[data-live=seconds]")
+    wait_for(lambda: page.inner_text("[data-live=seconds]") != first, 10, "the page does not follow the round")
+    assert serious_faults(page) == []
+    page.click("text=Stop round 1")
+    page.wait_for_selector("text=Done.")
+    page.wait_for_selector("td:has-text('aborted')")
+
+    # a rollout that halts by itself when devices report failures
+    model = tmp_path / "m.onnx"
+    model.write_bytes(b"the model's bytes")
+    added = commands.submit(
+        site.store, "test", "model-add", {"path": str(model), "name": "gate", "version": "2"}, time.time()
+    )
+    digest = commands.wait(site.store, added, 15)["digest"]
+    plan = {"model": "gate", "stages": [100], "settle_s": 0.0}
+    commands.wait(site.store, commands.submit(site.store, "test", "model-rollout", plan, time.time()), 15)
+    for party in parties[:2]:
+        packet = report(party.device, digest, False, "accuracy 0.2 on the golden inputs")
+        party.link.send(packet.topic, packet.payload)
+    wait_for(lambda: [p.pump() for p in parties] and len(parties[1].device.other) > 0, 10, "no reply")
+
+    def halted():
+        page.goto(site.server.url + "/models")
+        return "rollout halted" in page.content()
+
+    wait_for(halted, 15, "the rollout did not halt")
+    assert "accuracy 0.2" in page.content()
+    shot(page, "rollout-halted", tmp_path)
+    assert serious_faults(page) == []
+    page.click("text=Halt gate 2")
+    page.wait_for_selector("text=Done.")
+    for path in ("/fleet", "/storage", "/alerts", "/audit"):
+        page.goto(site.server.url + path)
+        assert serious_faults(page) == [], path
+        shot(page, path.strip("/"), tmp_path)
+    assert errors == []
+    context.close()
+    for party in parties:
+        party.close()
+
+
+def test_a_leaking_model_is_the_first_thing_seen_in_the_dark_and_without_javascript(site, browser, tmp_path):
+    wait_for((site.folder / "state" / "status.json").exists, 15, "the gateway did not start")
+    model = tmp_path / "v.onnx"
+    model.write_bytes(b"a vicious model")
+    added = commands.submit(
+        site.store, "test", "model-add", {"path": str(model), "name": "vicious", "version": "1"}, time.time()
+    )
+    digest = commands.wait(site.store, added, 15)["digest"]
+    body = cbor.encode({
+        "model": digest, "verdict": "high leakage", "policy": "argmax", "serial": 1, "issued": int(time.time()),
+        "expires": int(time.time()) + 86_400,
+    })  # fmt: skip
+    lab = Recipient(site, "risk-lab")
+    party = LiveParty(site, lab)
+    wait_for(lambda: party.pump() or lab.acks, 15, "no session")
+    raw = cbor.encode([body, site.keys["risk-lab"].sign("verdict", body)])
+    packet = lab.query("verdict", verdict=raw)
+    party.link.send(packet.topic, packet.payload)
+    wait_for(lambda: party.pump() or lab.other, 10, "no reply")
+    assert lab.reply().ok
+    context = browser.new_context(java_script_enabled=False, color_scheme="dark")
+    page = context.new_page()
+    page.goto(site.server.url + "/")
+    page.fill("#token", site.tokens["vic"])
+    page.click("main button")
+
+    def seen():
+        page.goto(site.server.url + "/")
+        return "found high leakage: vicious 1" in page.inner_text("main")
+
+    wait_for(seen, 15, "the leak is not shown")
+    shot(page, "leaking-dark", tmp_path)
+    page.goto(site.server.url + "/models")
+    assert "high leakage" in page.inner_text("main")
+    assert page.locator("button:has-text('Halt')").count() == 0  # a viewer
+    shot(page, "models-dark", tmp_path)
+    context.close()
+    checked = browser.new_context(color_scheme="dark", bypass_csp=True)
+    page = checked.new_page()
+    log_in(page, site, "vic")
+    assert serious_faults(page) == []
+    checked.close()
+    party.close()
