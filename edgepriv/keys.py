@@ -20,7 +20,7 @@ from typing import NoReturn
 from edgepriv import primitives
 from edgepriv.errors import ConfigError, KeyFileError, MissingFileError
 
-ROLES = {"owner": "owner", "device": "dev", "gateway": "gateway", "risk": "risk", "recipient": "op"}
+ROLES = {"owner": "owner", "device": "dev", "gateway": "gateway", "risk": "risk", "recipient": "op", "issuer": "issuer"}
 NAME = re.compile(r"[a-z0-9-]{1,48}")
 _FIELD = re.compile(r'^([a-z0-9_]+) = "([^"\n]*)"$', re.MULTILINE)
 _HEADER = "# edgepriv {kind} key, version 1"

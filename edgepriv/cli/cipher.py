@@ -50,6 +50,7 @@ def report(
     other: str | None,
     pairs: int,
     seed: int | None,
+    full: bool,
     page: Path | None,
     as_json: bool,
 ) -> None:
@@ -71,7 +72,7 @@ def report(
         from edgepriv.cipher.report_page import page as render
 
         page.write_text(render(document, reports))
-    click.echo(json.dumps(document) if as_json else _report_text(document))
+    click.echo(json.dumps(document) if as_json else _report_text(document, full=full))
     if any(entry["verdict"] == "fail" for entry in document["images"]):
         sys.exit(1)
 
@@ -116,20 +117,41 @@ def _load(path: Path) -> Any:
     return pixels if pixels.dtype == np.uint8 else np.ascontiguousarray(pixels).view(np.uint8)
 
 
-def _report_text(document: dict[str, Any]) -> str:
+def _report_text(document: dict[str, Any], *, full: bool) -> str:
     lines = [
         f"cipher {document['cipher']}, {document['pairs']} pairs, a test fails below p = {document['threshold_p']:.1e}"
     ]
     for entry in document["images"]:
         lines.append(f"{entry['path']}: {entry['verdict']}")
-        for test in entry["metrics"]:
-            low, high = test["interval_05"]
-            mark = ("pass" if test["pass"] else "FAIL") if test["judged"] else "printed"
-            lines.append(
-                f"  {test['subject']:6} {test['column']:6} {test['test']:14} {test['mean']:11.5f}"
-                f"  [{low:.5f}, {high:.5f}]  outside {test['outside_05']:3}/{test['of']}  p {test['p']:8.2g}  {mark}"
-            )
+        tests = entry["metrics"]
+        if full:
+            lines += [_test_text(test) for test in tests]
+            continue
+        columns = dict.fromkeys((test["subject"], test["column"]) for test in tests)
+        lines += [
+            _column_text(subject, column, [t for t in tests if (t["subject"], t["column"]) == (subject, column)])
+            for subject, column in columns
+        ]
     return "\n".join(lines)
+
+
+def _column_text(subject: str, column: str, tests: list[dict[str, Any]]) -> str:
+    """One line for a subject and column: what is judged, the lowest p-value, the means of NPCR and UACI."""
+    means = {test["test"]: test["mean"] for test in tests}
+    failed = [test["test"] for test in tests if test["judged"] and not test["pass"]]
+    judged = [test for test in tests if test["judged"]]
+    verdict = f"FAIL {', '.join(failed)}" if failed else "pass" if judged else "printed, not judged"
+    lowest = f", {len(judged)} tests, lowest p {min(test['p'] for test in judged):.2g}" if judged else ""
+    return f"  {subject:6} {column:6} NPCR {means['npcr']:9.5f}  UACI {means['uaci']:9.5f}  {verdict}{lowest}"
+
+
+def _test_text(test: dict[str, Any]) -> str:
+    low, high = test["interval_05"]
+    mark = ("pass" if test["pass"] else "FAIL") if test["judged"] else "printed"
+    return (
+        f"  {test['subject']:6} {test['column']:6} {test['test']:14} {test['mean']:11.5f}"
+        f"  [{low:.5f}, {high:.5f}]  outside {test['outside_05']:3}/{test['of']}  p {test['p']:8.2g}  {mark}"
+    )
 
 
 def _bench_text(document: dict[str, Any]) -> str:

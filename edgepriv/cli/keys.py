@@ -14,7 +14,7 @@ def keys() -> None:
 
 
 @keys.command("new")
-@click.option("--role", required=True, type=click.Choice(["device", "gateway", "risk", "recipient"]))
+@click.option("--role", required=True, type=click.Choice(["device", "gateway", "risk", "recipient", "issuer"]))
 @click.option("--name", required=True, help="1 to 48 of a-z, 0-9 and -; the role's prefix is added.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Private key file; PATH.pub is public.")
 @click.option("--json", "as_json", is_flag=True)

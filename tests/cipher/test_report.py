@@ -118,6 +118,14 @@ def test_the_command_writes_json_and_a_page_and_measures_other_ciphers(tmp_path,
     assert isinstance(result.exception, ConfigError)
 
 
+def test_the_command_has_words_for_people():
+    for extra, words in (([], "lowest p"), (["--full"], "chi-square")):
+        result = CliRunner().invoke(root, ["cipher", "report", "black:40x40", "--seed", "4", *extra])
+        assert result.exit_code == 0
+        assert "black:40x40: pass" in result.stdout
+        assert words in result.stdout
+
+
 def test_the_png_writer_is_read_back_by_pillow():
     import io
 
