@@ -68,7 +68,7 @@ def prepare(data_spec: str, devices: int, seed: int, folder: Path, progress: Cal
         thirds,
         parts,
         path,
-        _write_probe(folder, seen, labels),
+        _write_probe(folder, data, thirds),
         weights,
         held_features,
         held_labels,
@@ -84,10 +84,10 @@ def _first_head(features: Any, labels: Any, classes: int, seed: int) -> dict[str
     return {name: zero[name] + delta[name] for name in zero}
 
 
-def _write_probe(folder: Path, seen: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> Path:
-    """The auditor's own pictures: the backbone's third, as the model sees it; never a device's frames."""
+def _write_probe(folder: Path, data: datasets.Dataset, thirds: train.Thirds) -> Path:
+    """Public pictures for the auditor and the suppliers: the two thirds that no device holds."""
     probe = folder / "probe" / "release.npz"
     probe.parent.mkdir(exist_ok=True)
-    pictures = np.round(seen * 255).astype(np.uint8).transpose(0, 2, 3, 1)
-    np.savez(probe, images=pictures, labels=labels)
+    rows = np.concatenate([thirds.backbone, thirds.held_out])
+    np.savez(probe, images=data.images[rows], labels=data.labels[rows])
     return probe

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 SCHEMA = "edgepriv.demo/1"
 POLICY = "argmax"
-THUMBNAIL = 320
+THUMBNAIL = 200
 PHOTOGRAPHS = ("astronaut", "coffee", "camera")
 
 
@@ -45,9 +45,34 @@ def summary(outcome: Outcome, report: Path) -> dict[str, Any]:
             "accuracy_before": round(outcome.accuracies[0], 4),
             "accuracy_after": round(outcome.accuracies[-1], 4),
         },
-        "models": outcome.models,
+        "models": [_judged(audit) for audit in outcome.audits],
         "seconds": round(outcome.seconds, 1),
         "report": str(report),
+    }
+
+
+def _judged(audit: dict[str, Any]) -> dict[str, Any]:
+    """A model's row: the leakage of what is released, and of raw outputs, as explained variance."""
+    leakage = {p["policy"]: round(p["explained_variance"], 4) for p in audit["report"]["policies"]}
+    return {
+        "id": audit["id"],
+        "leakage": leakage[POLICY],
+        "leakage_raw": leakage["unsafe_raw_logits"],
+        "verdict": audit["report"]["verdict"],
+        "withheld": bool(audit["withheld"]),
+    }
+
+
+def _audit_view(audit: dict[str, Any]) -> dict[str, Any]:
+    report = audit["report"]
+    return {
+        "title": audit["id"],
+        "verdict": report["verdict"],
+        "reason": report["reason"],
+        "bad": bool(audit["withheld"]),
+        "gateway": f"withheld ({audit['withheld']})" if audit["withheld"] else "offered to devices",
+        "policies": report["policies"],
+        "pictures": [{"policy": p["policy"], "src": data_url(p["png"])} for p in audit["pictures"]],
     }
 
 
@@ -78,7 +103,7 @@ def _context(outcome: Outcome) -> dict[str, Any]:
         "round_privacy": outcome.rounds[0]["privacy"] if outcome.rounds else "clear",
         "frames": [*map(_sample, outcome.samples), *_photographs(outcome)],
         "chart": accuracy_chart(outcome.accuracies),
-        "audits": outcome.audits,
+        "audits": [_audit_view(audit) for audit in outcome.audits],
         "updates": outcome.updates,
     }
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from edgepriv.cipher import container
 from edgepriv.datasets import read_image
-from edgepriv.demo import processes, site
+from edgepriv.demo import processes, site, suppliers
 from edgepriv.demo.prepare import prepare
 from edgepriv.device.capture import open_source
 from edgepriv.errors import TemporaryError
@@ -62,7 +62,6 @@ class Outcome:
     outputs: list[dict[str, Any]] = field(default_factory=list)
     accuracies: list[float] = field(default_factory=list)
     rounds: list[dict[str, Any]] = field(default_factory=list)
-    models: list[dict[str, Any]] = field(default_factory=list)
     audits: list[dict[str, Any]] = field(default_factory=list)
     updates: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
@@ -107,11 +106,15 @@ def run_demo(options: DemoOptions, progress: Callable[[str], None]) -> Outcome:
     place = site.make_site(folder, options.devices)
     with processes.Children(logs) as children:
         stage = Stage(children, place, prepared, options, progress)
+        trained = suppliers.start_suppliers(children, prepared.probe, folder / "suppliers", options.seed)
         start_site(stage, outcome)
         collect_frames(stage, outcome)
+        offered = suppliers.offer(trained, stage.gateway)
         open_frames(stage, outcome)
         outcome.outputs = stage.gateway("outputs", "--by", "device,model,class")["rows"]
         run_rounds(stage, outcome)
+        listed = suppliers.await_verdicts(stage.gateway, offered, progress)
+        outcome.audits = suppliers.reports(place, offered, listed)
         progress("stopping all processes")
     outcome.seconds = time.monotonic() - started
     return outcome
@@ -138,6 +141,8 @@ def start_site(stage: Stage, outcome: Outcome) -> None:
         place, url, port=processes.free_port(), weights=prepared.weights, devices=options.devices
     )
     children.start("gateway", processes.python_command("gateway", "run", "--config", str(config)))
+    risk = site.write_risk(place, url, port=0, probe=prepared.probe.parent)
+    children.start("risk", processes.python_command("edgepriv", "risk", "serve", "--config", str(risk)))
     for i, name in enumerate(place.devices):
         device = site.write_device(
             place,
@@ -148,6 +153,7 @@ def start_site(stage: Stage, outcome: Outcome) -> None:
             rows=prepared.parts[i],
             seed=device_seed(options, i),
             frames=options.frames,
+            masked=site.round_privacy(options.devices) == "masked",
         )
         children.start(name, processes.python_command("edgepriv", "device", "run", "--config", str(device)))
 

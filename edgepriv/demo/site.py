@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 GATEWAY, RISK, RECIPIENT = "gateway-site", "risk-site", "op-site"
 DAY_S = 86_400
+MIN_COHORT = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,11 @@ def table(name: str, **values: object) -> str:
     return f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()) + "\n"
 
 
+def round_privacy(devices: int) -> str:
+    """Masked where a cohort can be formed; the demo's is far below the 32 that a real site should ask for."""
+    return "masked" if devices >= MIN_COHORT else "clear"
+
+
 def write_gateway(site: Site, broker: str, *, port: int, weights: Path | None, devices: int) -> Path:
     """Configuration of the gateway; with weights the demo starts rounds, one after the other."""
     text = table(
@@ -77,8 +83,9 @@ def write_gateway(site: Site, broker: str, *, port: int, weights: Path | None, d
     text += table("models", require_verdict=True)
     if weights is not None:
         text += table(
-            "rounds", model="backbone", weights=str(weights), quorum=max(1, devices // 2), min_cohort=2,
-            deadline_s=40.0, join_s=4.0, clip=8.0, max_weight=1000, active_s=600.0, resend_s=1.0,
+            "rounds", model="backbone", weights=str(weights), quorum=max(1, devices // 2 + 1),
+            min_cohort=MIN_COHORT, privacy=round_privacy(devices), deadline_s=40.0, join_s=4.0, clip=8.0,
+            max_weight=1000, active_s=600.0, resend_s=1.0,
         )  # fmt: skip
         text += "[rounds.training]\nlearning_rate = 0.02\nbatch_size = 8\nepochs = 5\nmomentum = 0.9\n"
     site.config(GATEWAY).write_text(text)
@@ -86,7 +93,7 @@ def write_gateway(site: Site, broker: str, *, port: int, weights: Path | None, d
 
 
 def write_device(
-    site: Site, name: str, broker: str, *, model: Path, data: str, rows: list[int], seed: int, frames: int
+    site: Site, name: str, broker: str, *, model: Path, data: str, rows: list[int], seed: int, frames: int, masked: bool
 ) -> Path:
     """Configuration of one simulated device: only the frame source differs from a real one."""
     text = table(
@@ -96,7 +103,7 @@ def write_device(
     text += table("model", path=str(model), threads=1)
     text += table("source", kind="simulated", data=data, rows=rows, seed=seed)
     text += table("release", policy="argmax")
-    text += table("rounds", min_cohort=2)
+    text += table("rounds", min_cohort=MIN_COHORT, require_masks=masked)
     text += table("run", frames=frames, linger_s=100_000.0, status_s=2.0)
     site.config(name).write_text(text)
     return site.config(name)
@@ -109,7 +116,7 @@ def write_risk(site: Site, broker: str, *, port: int, probe: Path) -> Path:
         gateway=GATEWAY,
     )  # fmt: skip
     text += table("broker", url=broker)
-    text += table("audit", probe=str(probe), policies=["argmax", "unsafe_raw_logits"])
+    text += table("audit", probe=str(probe), policies=["argmax", "unsafe_raw_logits"], auditors="ridge")
     text += table("http", port=port)
     site.config(RISK).write_text(text)
     return site.config(RISK)
