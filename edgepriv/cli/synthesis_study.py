@@ -18,8 +18,8 @@ from edgepriv.risk.membership import audit as membership
 from edgepriv.risk.membership import scores as membership_scores
 from edgepriv.risk.membership import shadows as membership_shadows
 from edgepriv.risk.membership.classifier import Recipe
+from edgepriv.synthesis import accountant, generator, training
 from edgepriv.synthesis import card as cards
-from edgepriv.synthesis import generator, training
 from edgepriv.synthesis.vae import VaeConfig, default_config
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ __all__ = [
     "Release",
     "Settings",
     "Study",
+    "check",
     "fill_card",
     "make_release",
     "mechanism_of",
@@ -153,6 +154,24 @@ def take_parts(data: Dataset, public: Dataset | None, seed: int, test: Dataset |
         )
     measured = (test.images, test.labels) if test else (images[:tests], labels[:tests])
     return Parts(data.name, private, outside, measured, classes, note)
+
+
+def check(settings: Settings, classes: int, *, audited: bool) -> None:
+    """Refuse wrong settings before anything is trained."""
+    generator.mechanism_for(
+        generator.LatentScale(1.0, 1.0),
+        2,
+        noise_ratio=settings.noise_ratio,
+        epsilon=settings.epsilon,
+        mode=settings.mode,
+        copies=settings.copies,
+        extra=settings.extra,
+    )
+    if settings.label_epsilon is not None:
+        accountant.randomised_response_keep(settings.label_epsilon, classes)
+    if audited:
+        membership_scores.check_shadow_count(settings.targets - 1, 0.01)
+    _dp(settings)
 
 
 def make_release(

@@ -78,6 +78,7 @@ def synthesize(
     public, test = (datasets.load(d, split="all", limit=limit) if d else None for d in (public_data, test_data))
     settings = _settings(options, private.images.shape[1:])
     checkpoint = out.with_name(out.name + ".vae-checkpoint")
+    synthesis_study.check(settings, len(private.class_names), audited=not options["no_audit"])
     parts = synthesis_study.take_parts(private, public, settings.seed, test)
     click.echo(f"{len(parts.private[0])} private records, {parts.note}", err=True)
     release = synthesis_study.make_release(parts, settings, checkpoint, _progress())

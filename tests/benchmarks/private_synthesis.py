@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Noise against accuracy and leakage, with every control, in one run: digits, MNIST and CIFAR-10.
+"""Noise against accuracy and leakage, with every control, in one run: digits, MNIST (2x2 means) and CIFAR-10.
 
 Rows are release cards. Beside them: the same classifier on real data and on public data alone, DP-SGD (opacus) at
 about the release's accuracy, public data with other classes than the private ones, and the speed of sampler and
@@ -27,7 +27,7 @@ from edgepriv.risk.membership import attacks
 from edgepriv.risk.membership.audit import audit_shadows
 from edgepriv.risk.membership.classifier import Recipe, accuracy, train_classifier
 from edgepriv.risk.membership.scores import draw_masks
-from edgepriv.risk.membership.shadows import no_defence
+from edgepriv.risk.membership.shadows import ShadowScores, no_defence
 from edgepriv.synthesis import metric_privacy
 from edgepriv.synthesis.training import DpSgd, noise_multiplier_for
 
@@ -37,31 +37,28 @@ DATA = Path(os.environ.get("EDGEPRIV_TEST_DATA", Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run on one data set."""
+    """What is run on one data set: how many images, whether 2x2 means of their pixels, and which rows."""
 
     images: int
     settings: studies.Settings
     ratios: tuple[float, ...]
-    member_rows: bool
-    dp_sgd: bool
+    halve: bool = False
+    member_rows: bool = False
+    dp_sgd: bool = False
 
 
+SMALL = studies.Settings(targets=13, recipe=Recipe(epochs=15), audit_records=1000)
 PLANS = {
-    "digits": Plan(1797, studies.Settings(extra=3), (0.5, 1.0, 2.0, 4.0), True, True),
+    "digits": Plan(1797, studies.Settings(extra=3), (0.5, 1.0, 2.0, 4.0), member_rows=True, dp_sgd=True),
+    "mnist": Plan(4500, SMALL, (0.5, 1.0, 2.0, 4.0), halve=True, member_rows=True, dp_sgd=True),
+    "cifar10": Plan(3600, replace(SMALL, audit_records=500, vae_epochs=20), (2.0,)),
+}
+FULL = {
+    **PLANS,
     "mnist": Plan(
-        4500,
-        studies.Settings(targets=13, recipe=Recipe(epochs=12), audit_records=800, vae_epochs=25),
-        (0.5, 1.0, 2.0, 4.0),
-        True,
-        True,
+        9000, replace(SMALL, targets=16, audit_records=2000), (0.5, 1.0, 2.0, 4.0), member_rows=True, dp_sgd=True
     ),
-    "cifar10": Plan(
-        6000,
-        studies.Settings(targets=13, recipe=Recipe(epochs=12), audit_records=600, vae_epochs=20),
-        (1.0, 2.0),
-        False,
-        False,
-    ),
+    "cifar10": Plan(12000, replace(SMALL, targets=16, audit_records=2000), (0.5, 1.0, 2.0, 4.0), member_rows=True),
 }
 
 
@@ -70,32 +67,61 @@ def log(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
-def load(name: str, limit: int) -> datasets.Dataset:
-    """The data set, cut to ``limit`` images."""
-    return datasets.load("digits", split="all") if name == "digits" else datasets.load(DATA / name, limit=limit)
+def load(name: str, plan: Plan) -> datasets.Dataset:
+    """The data set, cut to the plan's number of images."""
+    if name == "digits":
+        return datasets.load("digits", split="all")
+    data = datasets.load(DATA / name, limit=plan.images)
+    if not plan.halve:
+        return data
+    n, height, width, channels = data.images.shape
+    blocks = data.images.reshape(n, height // 2, 2, width // 2, 2, channels)
+    return replace(data, name=f"{name} 14x14", images=blocks.mean(axis=(2, 4)).round().astype(np.uint8))
 
 
 def table(name: str, plan: Plan) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """All rows of one data set: release cards, then the controls that are not releases."""
-    parts = studies.take_parts(load(name, plan.images), None, 0)
-    base = plan.settings
+    parts, base = studies.take_parts(load(name, plan), None, 0), plan.settings
     release = studies.make_release(parts, base)
-    controls = studies.run_controls(parts, base, release)
+    log(f"{name}: the public VAE is trained")
+    real = studies.shadows_of(parts, base, no_defence, "real", released=False)
+    public = studies.shadows_of(parts, base, studies.public_only(parts, base), "public", released=False)
+    others = [reference(parts, "real data, no defence", real), reference(parts, "public data alone", public)]
+    priors = studies.prior_settings(base)
+    prior = studies.shadows_of(parts, priors, studies.pipeline_of(parts, priors, release), "prior")
+    controls = studies.Controls(real.accuracies, public.accuracies, prior.accuracies)
     rows = []
     for label, settings in variants(base, plan):
-        started = time.perf_counter()
-        made = release if settings.vae_from == "public" else studies.make_release(parts, settings)
-        made = replace(made, mechanism=studies.mechanism_of(made.vae, parts, settings))
-        found = studies.study(parts, settings, made, controls=controls)
-        card = studies.fill_card(parts, settings, made, found).as_json()
-        loss = 100 * (controls.real - found.synthetic)
-        half = 1.96 * float(loss.std(ddof=1)) / len(loss) ** 0.5
-        card["row"] = label
-        card["loss_points"] = [round(float(v), 2) for v in (loss.mean(), loss.mean() - half, loss.mean() + half)]
-        card["seconds"] = round(time.perf_counter() - started, 1)
-        rows.append(card)
-        log(f"{name}: {label}: loss {loss.mean():.1f}, {card['audit']['strongest']} {card['audit']['auc']:.3f}")
-    return rows, references(name, parts, plan, rows)
+        known = prior if settings == priors else None
+        rows.append(row(parts, label, settings, release, controls, known))
+    if plan.dp_sgd:
+        others.append(dp_sgd_row(parts, base, rows))
+    return rows, others
+
+
+def row(
+    parts: studies.Parts,
+    label: str,
+    settings: studies.Settings,
+    release: studies.Release,
+    controls: studies.Controls,
+    known: ShadowScores | None,
+) -> dict[str, Any]:
+    """One release card, with the loss in points against real data and its interval over the targets."""
+    started = time.perf_counter()
+    made = release if settings.vae_from == "public" else studies.make_release(parts, settings)
+    made = replace(made, mechanism=studies.mechanism_of(made.vae, parts, settings))
+    scores = known or studies.shadows_of(parts, settings, studies.pipeline_of(parts, settings, made), label)
+    audit = audit_shadows(scores, np.random.default_rng(3))
+    found = studies.Study(audit, scores.accuracies, controls)
+    card = studies.fill_card(parts, settings, made, found).as_json()
+    loss = 100 * (controls.real - scores.accuracies)
+    half = 1.96 * float(loss.std(ddof=1)) / len(loss) ** 0.5
+    card["row"] = label
+    card["loss_points"] = [round(float(v), 2) for v in (loss.mean(), loss.mean() - half, loss.mean() + half)]
+    card["seconds"] = round(time.perf_counter() - started, 1)
+    log(f"{parts.name}: {label}: loss {loss.mean():.1f}, {audit.strongest.attack} {audit.strongest.auc:.3f}")
+    return card
 
 
 def variants(base: studies.Settings, plan: Plan) -> list[tuple[str, studies.Settings]]:
@@ -117,27 +143,20 @@ def variants(base: studies.Settings, plan: Plan) -> list[tuple[str, studies.Sett
     return found
 
 
-def references(name: str, parts: studies.Parts, plan: Plan, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Real data, public data alone and DP-SGD, attacked through the same masks."""
-    base = plan.settings
-    found = [
-        reference(name, "real data, no defence", parts, base, no_defence),
-        reference(name, "public data alone", parts, base, studies.public_only(parts, base)),
-    ]
-    if plan.dp_sgd:
-        wanted = next(r["accuracy_synthetic"] for r in rows if r["row"] == "public VAE, noise ratio 2")
-        epsilon, recipe = matched_dp_sgd(parts, base, wanted)
-        row = reference(name, "DP-SGD on real data", parts, replace(base, recipe=recipe), no_defence)
-        found.append({**row, "epsilon": epsilon, "delta": 1e-4, "matched_to": wanted})
-    return found
-
-
-def reference(name: str, label: str, parts: studies.Parts, settings: studies.Settings, pipeline: Any) -> dict[str, Any]:
+def reference(parts: studies.Parts, label: str, scores: ShadowScores) -> dict[str, Any]:
     """One row that releases a classifier and no pictures."""
-    scores = studies.shadows_of(parts, settings, pipeline, label, released=False)
     audit = audit_shadows(scores, np.random.default_rng(0)).as_json()
-    log(f"{name}: {label}: accuracy {scores.accuracies.mean():.3f}, {audit['strongest']} {audit['auc']:.3f}")
-    return {"data": name, "row": label, "accuracy": round(float(scores.accuracies.mean()), 4), "audit": audit}
+    log(f"{parts.name}: {label}: accuracy {scores.accuracies.mean():.3f}, {audit['strongest']} {audit['auc']:.3f}")
+    return {"data": parts.name, "row": label, "accuracy": round(float(scores.accuracies.mean()), 4), "audit": audit}
+
+
+def dp_sgd_row(parts: studies.Parts, base: studies.Settings, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """DP-SGD on the real records, at the accuracy of the default release where an epsilon reaches it."""
+    wanted = next(r["accuracy_synthetic"] for r in rows if r["row"] == "public VAE, noise ratio 2")
+    epsilon, recipe = matched_dp_sgd(parts, base, wanted)
+    scores = studies.shadows_of(parts, replace(base, recipe=recipe), no_defence, "DP-SGD", released=False)
+    found = reference(parts, "DP-SGD on real data", scores)
+    return {**found, "epsilon": epsilon, "delta": 1e-4, "matched_to": wanted}
 
 
 def matched_dp_sgd(parts: studies.Parts, settings: studies.Settings, wanted: float) -> tuple[float, Recipe]:
@@ -160,14 +179,14 @@ def matched_dp_sgd(parts: studies.Parts, settings: studies.Settings, wanted: flo
 
 def shifted(plan: Plan) -> dict[str, Any]:
     """Public images of classes 0-4 only, private of 0-9, a VAE without labels: does the release gain anything?"""
-    parts = studies.take_parts(load("mnist", plan.images), None, 0)
+    parts = studies.take_parts(load("mnist", plan), None, 0)
     low = parts.public[1] < 5
     parts = replace(parts, public=(parts.public[0][low], parts.public[1][low]), note="public: classes 0-4 only")
     base = replace(plan.settings, conditional=False, extra=0)
     release = studies.make_release(parts, base)
     controls = studies.run_controls(parts, base, release)
     rows = []
-    for ratio in (0.25, 0.5, 1.0, 2.0):
+    for ratio in (0.25, 0.5, 1.0, 2.0, 4.0):
         settings = replace(base, noise_ratio=ratio)
         found = studies.study(parts, settings, release, controls=controls)
         top = found.audit.strongest
@@ -261,17 +280,19 @@ def main() -> None:
     parser.add_argument("--only", choices=[*PLANS, "shifted", "throughput"], help="run one part")
     parser.add_argument("--plot", type=Path, help="folder for the plots")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--full", action="store_true", help="28x28 MNIST, more images and targets: hours")
     options = parser.parse_args()
+    plans = FULL if options.full else PLANS
     torch.set_num_threads(options.threads)
     result: dict[str, Any] = {"schema": SCHEMA, "rows": [], "controls": []}
-    for name, plan in PLANS.items():
+    for name, plan in plans.items():
         if options.only not in {None, name} or (name != "digits" and not (DATA / name).is_dir()):
             continue
         rows, controls = table(name, plan)
         result["rows"] += rows
         result["controls"] += controls
     if options.only in {None, "shifted"} and (DATA / "mnist").is_dir():
-        result["shifted_public"] = shifted(PLANS["mnist"])
+        result["shifted_public"] = shifted(plans["mnist"])
     if options.only in {None, "throughput"}:
         result["throughput"] = throughput()
     if options.plot and result["rows"]:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["ShadowScores", "features_of", "no_defence", "run_shadows"]
 
 FEATURES = 12
+MAX_ROWS_FOR_AXES = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +114,7 @@ def features_of(
     """For the quantile attack: principal components of the non-members' pixels, and the class as one-hot."""
     flat, known = _flat(images), _flat(reference)
     centre = known.mean(axis=0)
-    keep = min(FEATURES, len(known) // 8, known.shape[1])
-    axes = np.linalg.eigh((known - centre).T @ (known - centre))[1][:, -keep:]
+    axes = _principal_axes(known[:MAX_ROWS_FOR_AXES] - centre, min(FEATURES, len(known) // 8, known.shape[1]))
     eye = np.eye(int(max(labels.max(), reference_labels.max())) + 1)[:, 1:]
     return (
         np.hstack([(flat - centre) @ axes, eye[labels]]),
@@ -122,5 +122,15 @@ def features_of(
     )
 
 
-def _flat(images: Images) -> NDArray[np.float64]:
-    return images.reshape(len(images), -1).astype(np.float64) / 255.0
+def _principal_axes(rows: NDArray[np.float32], keep: int) -> NDArray[np.float64]:
+    """The first axes [d, keep], from the smaller of the two Gram matrices: pictures may have many pixels."""
+    if rows.shape[1] <= len(rows):
+        axes: NDArray[np.float64] = np.linalg.eigh(rows.T @ rows)[1][:, -keep:]
+        return axes
+    values, vectors = np.linalg.eigh(rows @ rows.T)
+    scale = np.sqrt(np.maximum(values[-keep:], 1e-9))
+    return np.asarray(rows.T @ vectors[:, -keep:] / scale, dtype=np.float64)
+
+
+def _flat(images: Images) -> NDArray[np.float32]:
+    return images.reshape(len(images), -1).astype(np.float32) / np.float32(255.0)

@@ -153,6 +153,26 @@ def test_a_dp_trained_vae_is_named_with_its_budget(capsys, folder, tmp_path):
     assert "DP-SGD" in card["claim"]
 
 
+def test_public_data_without_some_classes_need_a_vae_without_labels(capsys, folder, tmp_path):
+    data = np.load(folder / "pub.npz")
+    low = data["labels"] < 5
+    np.savez(tmp_path / "low.npz", images=data["images"][low], labels=data["labels"][low])
+    argv = ("--public-data", tmp_path / "low.npz", "--no-conditional", "--vae-epochs", 2)
+    code, _, _ = call(capsys, *synthesize(folder, tmp_path / "r", *argv))
+    card = json.loads((tmp_path / "r" / "card.json").read_text())
+    assert code == 0
+    assert card["extra"] == 0
+    assert card["accuracy_prior_samples"] is None
+    assert set(np.load(tmp_path / "r" / "release.npz")["labels"]) == set(range(10))
+
+
+def test_too_few_targets_are_refused_before_anything_is_trained(capsys, folder, tmp_path):
+    argv = ("--data", folder / "A.npz", "--out", tmp_path / "r", "--targets", 8)
+    code, _, err = call(capsys, "synthesize", *argv)
+    assert code == 78
+    assert "VAE" not in err
+
+
 def test_the_same_seed_repeats_a_release_and_no_seed_does_not(capsys, folder, tmp_path):
     for name, more in (("a", ("--seed", 3)), ("b", ("--seed", 3)), ("c", ()), ("d", ())):
         call(capsys, *synthesize(folder, tmp_path / name, "--vae-epochs", 2, *more))
@@ -172,6 +192,8 @@ def test_the_same_seed_repeats_a_release_and_no_seed_does_not(capsys, folder, tm
         (("--vae", "dp"), 78, "needs its epsilon"),
         (("--label-epsilon", 0), 78, "label epsilon"),
         (("--max-auc", 0.5), 78, "needs the audit"),
+        (("--no-conditional", "--extra", 1), 78, "given labels"),
+        (("--no-conditional", "--mode", "prior"), 78, "given labels"),
     ],
 )
 def test_a_wrong_setting_of_synthesize_is_a_clear_error(capsys, folder, tmp_path, more, code, words):

@@ -118,6 +118,15 @@ def test_nearness_equals_brute_force_and_respects_classes():
         released_set.nearness(images, labels, made[:, :4], made_labels)
 
 
+def test_features_do_not_depend_on_which_gram_matrix_is_used():
+    from edgepriv.risk.membership.shadows import _principal_axes
+
+    rows = np.random.default_rng(7).normal(size=(40, 40)).astype(np.float32) * np.arange(1, 41)
+    tall = _principal_axes(np.vstack([rows, np.zeros((1, 40), np.float32)]), 3)
+    wide = _principal_axes(np.hstack([rows, np.zeros((40, 1), np.float32)]), 3)
+    assert np.allclose(np.abs((tall * wide[:40]).sum(axis=0)), 1.0, atol=1e-3)
+
+
 def test_margins_and_log_probabilities_come_from_logits():
     rng = np.random.default_rng(4)
     logits, labels = rng.normal(size=(3, 20, 5)), rng.integers(0, 5, 20)
