@@ -8,6 +8,7 @@ would give it. Registered as the frame source ``simulated``, so devices run it a
 from __future__ import annotations
 
 import time
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +33,7 @@ class SceneRenderer:
 
     def __init__(self, seed: int, *, height: int = HEIGHT, width: int = WIDTH) -> None:
         self.height, self.width = height, width
-        noise = np.random.default_rng([seed, 0]).normal(0, NOISE_LEVELS, NOISE_BANK)
-        self._noise = noise.round().astype(np.int16)
+        self._noise = _noise_bank(seed)
         rows, columns = np.mgrid[0:height, 0:width]
         self._vignette = (1 - 0.25 * ((rows / height - 0.5) ** 2 + (columns / width - 0.5) ** 2)).astype(np.float32)
         self._seed = seed
@@ -54,6 +54,18 @@ class SceneRenderer:
         noise = self._noise.take(np.arange(start, start + scene.size), mode="wrap").reshape(scene.shape)
         scene += noise
         return np.clip(scene, 0, 255).astype(np.uint8)
+
+
+@lru_cache(maxsize=4)
+def _noise_bank(seed: int) -> NDArray[np.int16]:
+    """Sensor noise to draw from; cameras of one seed in one process share it."""
+    noise = np.random.default_rng([seed, 0]).normal(0, NOISE_LEVELS, NOISE_BANK)
+    return noise.round().astype(np.int16)
+
+
+@lru_cache(maxsize=4)
+def _data(spec: str | Path, split: str) -> datasets.Dataset:
+    return datasets.load(spec, split=split)
 
 
 class SimulatedSource:
@@ -94,7 +106,7 @@ def open_source(options: dict[str, Any]) -> SimulatedSource:
     """Factory of the plug-in. Options: ``data`` (a spec), ``split``, ``rows`` (list), ``seed``, ``loop``, sizes."""
     folder, clock = Path(options.pop("folder", ".")), options.pop("clock", time.time)
     spec = str(options.pop("data", "digits"))
-    data = datasets.load(spec if spec == "digits" else folder / spec, split=str(options.pop("split", "all")))
+    data = _data(spec if spec == "digits" else folder / spec, str(options.pop("split", "all")))
     rows = options.pop("rows", None)
     return SimulatedSource(
         data,

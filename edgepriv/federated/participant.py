@@ -136,6 +136,7 @@ class Participant:
         self.identity, self.trust, self.policy, self.trainer = identity, trust, policy, trainer
         self.seed = seed
         self.ledger = Ledger()
+        self.clips = True  # only the simulator's dishonest devices turn this off
         self.feedback: dict[str, NDArray[np.float32]] = {}
         self._last_round = -1
         self._running: _Running | None = None
@@ -288,7 +289,7 @@ class Participant:
         if update.examples < 1:
             raise RefusedError("no labelled examples")
         update = _covered(update, opened)
-        clipped = clip_update(update.tensors, opened.clip)
+        clipped = clip_update(update.tensors, opened.clip) if self.clips else dict(update.tensors)
         if running.member is None:
             payload = self._clear_payload(clipped, running, update.examples)
             meta = rounds.offer_meta(min(update.examples, opened.max_weight))
