@@ -39,6 +39,7 @@ def bench(sizes: tuple[str, ...], alg: Any, rounds: int, as_json: bool) -> None:
 @click.option("--cipher", "other", metavar="MODULE:NAME", help="Measure another cipher: a class with encrypt().")
 @click.option("--pairs", default=200, show_default=True, help="Pairs of pictures for each column; at least 200.")
 @click.option("--seed", type=int, help="Repeatable keys and ids, for comparing runs.")
+@click.option("--full", is_flag=True, help="Show every test, not only a line for each column.")
 @click.option(
     "--html", "page", type=click.Path(path_type=Path, dir_okay=False), help="Also write a page with pictures."
 )
