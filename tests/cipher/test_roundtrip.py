@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from edgepriv.cipher.cipher import FrameOpener, open_frame
 from edgepriv.cipher.epochs import DeviceEpoch
 from edgepriv.cipher.picture import Picture
-from edgepriv.errors import DataError
+from edgepriv.errors import ConfigError, DataError, TrustError
 from edgepriv.keys import Identity
 from edgepriv.wire import envelope as wire
 from edgepriv.wire.epoch import unwrap_link
@@ -136,3 +136,34 @@ def test_the_buffer_of_one_frame_does_not_show_in_a_smaller_next_one():
     for size in (300, 7, 200, 1):
         image = np.full((size, size), size % 251, np.uint8)
         assert same(opener.open(epoch.seal_view(image)).pixels, image)
+
+
+@pytest.mark.parametrize("has_aes", [True, False])
+def test_the_algorithm_follows_the_cpu_and_every_recipient_opens_both(has_aes, monkeypatch):
+    from edgepriv.primitives import cpu
+
+    trust = trust_for()
+    with monkeypatch.context() as patched:
+        patched.setattr(cpu, "flags", lambda: frozenset({"aes"} if has_aes else ()))
+        epoch = open_epoch(trust)
+        raw = epoch.seal(np.arange(12, dtype=np.uint8).reshape(3, 4))
+        forced = open_epoch(trust, alg="aes-256-gcm")
+        pinned = open_epoch(trust_for(policy={"*": {"algs": ["aes-256-gcm"]}}))
+    assert wire.parse(raw).alg == ("aes-256-gcm" if has_aes else "chacha20-poly1305")
+    assert forced.signed.record.alg == pinned.signed.record.alg == "aes-256-gcm"
+    assert open_frame(raw, epoch.signed.raw, RECIPIENTS[0], trust).pixels.tolist()[2] == [8, 9, 10, 11]
+
+
+def test_the_policy_chooses_recipients_and_authentication():
+    trust = trust_for(2, policy={DEVICE.name: {"recipients": [RECIPIENTS[1].name]}})
+    epoch = open_epoch(trust)
+    assert epoch.signed.record.auth == "link-mac"
+    raw = epoch.seal(np.zeros((2, 2), np.uint8))
+    assert open_frame(raw, epoch.signed.raw, RECIPIENTS[1], trust).pixels is not None
+    with pytest.raises(TrustError, match="not addressed"):
+        open_frame(raw, epoch.signed.raw, RECIPIENTS[0], trust)
+    assert open_epoch(trust_for(policy={"*": {"auth": "ed25519"}})).signed.record.auth == "ed25519"
+    with pytest.raises(ConfigError, match="profile"):
+        open_epoch(trust, profile="rot13")
+    with pytest.raises(ConfigError, match="max_frames"):
+        open_epoch(trust, max_frames=0)
