@@ -47,7 +47,7 @@ def save_model(path: Path, nodes, outputs, constants=(), side=8, channels=1) -> 
 
 def classifier(folder: Path, toml: str = TOML, *, bias=(0.0, 0.0, 0.0)) -> Path:
     """logits = W x + bias over 64 gray pixels, with the pixels as features."""
-    weight = np.random.default_rng(3).normal(0, 1, (64, 3)).astype(np.float32)
+    weight = np.random.default_rng(3).normal(0, 1, (64, len(bias))).astype(np.float32)
     path = save_model(
         folder / "model.onnx",
         [
@@ -55,7 +55,7 @@ def classifier(folder: Path, toml: str = TOML, *, bias=(0.0, 0.0, 0.0)) -> Path:
             helper.make_node("MatMul", ["features", "w"], ["h"]),
             helper.make_node("Add", ["h", "b"], ["logits"]),
         ],
-        [("logits", TensorProto.FLOAT, [1, 3]), ("features", TensorProto.FLOAT, [1, 64])],
+        [("logits", TensorProto.FLOAT, [1, len(bias)]), ("features", TensorProto.FLOAT, [1, 64])],
         [("w", weight), ("b", np.asarray(bias, np.float32))],
     )
     path.with_name("model.toml").write_text(toml)
