@@ -151,6 +151,22 @@ def erase(config_path: Path, as_json: bool, device: str, before: str) -> None:
 
 @root.command()
 @CONFIG
+@AS_JSON
+@click.option("--no-network", is_flag=True, help="Do not connect to the broker.")
+def doctor(config_path: Path, as_json: bool, no_network: bool) -> None:
+    """Check everything the gateway needs and say how to mend it; exit 1 where something fails."""
+    from edgepriv.doctor import show as shown
+    from gateway.doctor import examine
+
+    config = load_config(config_path)
+    found = examine(config, network=not no_network, running=is_running(config))
+    text, code = shown("gateway", found, as_json=as_json)
+    click.echo(text)
+    sys.exit(code)
+
+
+@root.command()
+@CONFIG
 def pages(config_path: Path) -> None:
     """Serve the operator pages until told to stop."""
     from gateway import logs

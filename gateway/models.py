@@ -107,7 +107,7 @@ class Models:
         return {
             "id": name, "version": meta.get("version", ""), "digest": digest, "size": size, "added": added,
             "state": state,
-            "share": 100 if running is None else running.share,
+            "share": 100 if running is None else (0 if running.state == rollout.HALTED else running.share),
             "stage": stage_text(running) if running else "",
             "verdict": verdict.verdict if verdict else "not audited",
             "verdict_bytes": meta.get("verdict", b""), "risk": meta.get("risk", ""),

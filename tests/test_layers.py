@@ -16,7 +16,7 @@ LAYERS = [
     {"edgepriv.primitives"},
     {"edgepriv.keys"},
     {"edgepriv.wire", "edgepriv.mqtt", "edgepriv.settings", "edgepriv.datasets", "edgepriv.image_quality"},
-    {"edgepriv.trust_file", "edgepriv.logs", "edgepriv.notify", "edgepriv.client"},
+    {"edgepriv.trust_file", "edgepriv.logs", "edgepriv.notify", "edgepriv.client", "edgepriv.doctor"},
     {"edgepriv.cipher", "edgepriv.selective_encryption", "edgepriv.federated"},
     {"edgepriv.device", "edgepriv.risk", "edgepriv.synthesis"},
     {"edgepriv.cli", "edgepriv.demo", "edgepriv.__main__"},

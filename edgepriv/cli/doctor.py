@@ -1,0 +1,173 @@
+"""``edgepriv doctor``: check this device and say how to mend what is wrong."""
+
+from __future__ import annotations
+
+import base64
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from edgepriv.doctor import OK, SKIPPED, WARNING, Finding
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from edgepriv.device.config import DeviceConfig
+
+DEFAULT_CONFIG = Path("/etc/edgepriv/device.toml")
+# The smallest model that runs on a picture: mean of each colour of an 8x8 image (ONNX opset 17, IR version 8).
+TINY_MODEL = base64.b64decode(
+    "CAgSADplChkKAXgSAXAiEUdsb2JhbEF2ZXJhZ2VQb29sCg8KAXASAXkiB0ZsYXR0ZW4SBXByb2JlWhsKAXgSFgoUCAESEAoCCAEKAggDCgIICAoC"
+    "CAhiEwoBeRIOCgwIARIICgIIAQoCCANCBAoAEBE="
+)
+
+
+@click.command()
+@click.option(
+    "--config",
+    "config_path",
+    type=click.Path(path_type=Path),
+    default=DEFAULT_CONFIG,
+    show_default=True,
+    help="The device's configuration; without it only the machine is checked.",
+)
+@click.option("--no-network", is_flag=True, help="Do not connect to the broker.")
+@click.option("--no-camera", is_flag=True, help="Do not open the camera.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def doctor(config_path: Path, no_network: bool, no_camera: bool, as_json: bool) -> None:
+    """Check clock, disk, keys, certificate, broker, crypto, inference and camera; exit 1 where something fails."""
+    from edgepriv import doctor as checks
+    from edgepriv.device.config import load_config
+
+    config = load_config(config_path) if config_path != DEFAULT_CONFIG or config_path.is_file() else None
+    found = [
+        checks.guarded(*check) for check in _checks(config, config_path, network=not no_network, camera=not no_camera)
+    ]
+    text, code = checks.show("device", found, as_json=as_json)
+    click.echo(text)
+    sys.exit(code)
+
+
+def _checks(
+    config: DeviceConfig | None, path: Path, *, network: bool, camera: bool
+) -> list[tuple[str, Callable[[], Finding], str]]:
+    from edgepriv import doctor as checks
+
+    state = config.device.state if config else Path("/var/lib")
+    machine: list[tuple[str, Callable[[], Finding], str]] = [
+        ("clock", checks.clock, ""),
+        ("disk", partial(checks.disk, state), ""),
+        ("crypto", checks.crypto, "pip install 'edgepriv[device]'"),
+        ("onnxruntime", _onnxruntime, "pip install onnxruntime; on a Jetson with the GPU: its own build"),
+    ]
+    if config is None:
+        skipped = Finding("configuration", SKIPPED, f"none at {path}: only the machine was checked")
+        return [*machine, ("configuration", lambda: skipped, "")]
+    keys = [config.device.key, config.broker.key, config.broker.password_file]
+    return [
+        *machine,
+        ("key files", partial(checks.private_files, keys), ""),
+        ("certificate", partial(checks.certificate, config.broker.certificate, now=time.time()), "is it PEM?"),
+        ("trust list", partial(_trust, config), "fetch the owner's newest trust.cbor"),
+        ("model", partial(_model, config), "set [model] path; model.toml stands beside the model"),
+        ("camera", partial(_camera, config, path, wanted=camera), "check [source]; is the camera plugged in and free?"),
+        (
+            "broker",
+            partial(_broker, config, wanted=network),
+            "is the broker up, and do its ACL and CA know this device?",
+        ),
+    ]
+
+
+def _onnxruntime() -> Finding:
+    """Which build is there, and does it compute? A provider that is listed may still not run."""
+    import importlib.metadata
+
+    import numpy as np
+
+    from edgepriv.device.capture import Frame
+    from edgepriv.device.infer import Inferer, ModelSpec
+
+    builds = {
+        d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if _is_runtime(d.metadata["Name"])
+    }
+    inferer = Inferer(TINY_MODEL, ModelSpec(id="probe", width=8, height=8, labels=("r", "g", "b")))
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pixels[:, :, 1] = 255
+    logits = inferer(Frame(pixels, time.time(), 0)).logits
+    if not np.allclose(logits, [0, 1, 0], atol=1e-3):
+        return Finding("onnxruntime", "failed", f"a known inference gave {logits.tolist()}", "reinstall onnxruntime")
+    text = ", ".join(f"{name} {version}" for name, version in sorted(builds.items())) or "a build without a package"
+    if len(builds) > 1:
+        return Finding("onnxruntime", WARNING, f"two builds overwrite each other: {text}", "pip uninstall one of them")
+    return Finding("onnxruntime", OK, f"{text}; a real inference is right")
+
+
+def _is_runtime(name: str | None) -> bool:
+    return bool(name) and str(name).lower().startswith("onnxruntime")
+
+
+def _trust(config: DeviceConfig) -> Finding:
+    from edgepriv.keys import load_identity, load_public
+    from edgepriv.wire.trust import read_trust
+
+    identity, owner = load_identity(config.device.key), load_public(config.device.owner)
+    now = time.time()
+    trust = read_trust(config.device.trust.read_bytes(), owner.ed25519, now=now)
+    if trust.party(identity.name, "device") != identity.public:
+        return Finding(
+            "trust list", "failed", f"it has other keys for {identity.name}", "the owner adds this .pub file"
+        )
+    trust.party(config.device.gateway, "gateway")
+    days = (trust.expires - now) / 86_400
+    return Finding("trust list", OK if days > 14 else WARNING, f"version {trust.version}, {days:.0f} days left")
+
+
+def _model(config: DeviceConfig) -> Finding:
+    import numpy as np
+
+    from edgepriv.device.capture import Frame
+    from edgepriv.device.infer import Inferer
+
+    if config.model.permission is not None:
+        return Finding("model", SKIPPED, "it is protected: edgepriv model status checks it")
+    inferer = Inferer.from_file(config.model.path, threads=config.model.threads)
+    spec = inferer.spec
+    began = time.perf_counter()
+    inferer(Frame(np.zeros((spec.height, spec.width, 3), np.uint8), time.time(), 0))
+    return Finding("model", OK, f"{spec.id} runs in {1000 * (time.perf_counter() - began):.1f} ms (first inference)")
+
+
+def _camera(config: DeviceConfig, path: Path, *, wanted: bool) -> Finding:
+    from edgepriv.device.capture import open_source
+
+    if not wanted:
+        return Finding("camera", SKIPPED, "not asked for")
+    options = {k: v for k, v in config.source.items() if k != "kind"}
+    kind = str(config.source.get("kind", ""))
+    source = open_source(kind, options, folder=path.resolve().parent, clock=time.time)
+    try:
+        frame = source.read()
+    finally:
+        source.close()
+    if frame is None:
+        return Finding("camera", WARNING, f"{kind} gives no frame now", "is there something to read?")
+    height, width = frame.pixels.shape[:2]
+    return Finding("camera", OK, f"{kind} gives {width} x {height} pixels")
+
+
+def _broker(config: DeviceConfig, *, wanted: bool) -> Finding:
+    from edgepriv import doctor as checks
+    from edgepriv.keys import load_identity
+    from edgepriv.mqtt import TlsFiles
+
+    if not wanted:
+        return Finding("broker", SKIPPED, "not asked for")
+    b = config.broker
+    tls = TlsFiles(b.ca, b.certificate, b.key) if b.ca else None
+    name = load_identity(config.device.key).name
+    return checks.broker(b.url, name, tls=tls, username=b.username, password_file=b.password_file)

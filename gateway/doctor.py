@@ -1,0 +1,113 @@
+"""``edgepriv-gateway doctor``: what the gateway needs, checked one by one."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import TYPE_CHECKING
+
+from edgepriv import doctor
+from edgepriv.doctor import FAILED, OK, SKIPPED, WARNING, Finding, guarded
+from edgepriv.keys import load_identity, load_public
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gateway.config import Config
+
+DAY_S = 86_400
+
+
+def examine(config: Config, *, network: bool, running: bool) -> list[Finding]:
+    """All findings. ``network``: connect to the broker; not done while the daemon runs, whose place it would take."""
+    now = time.time()
+    keys = [config.gateway.identity, config.broker.key, config.store.url_file, config.outputs.webhook_secret]
+    checks: list[tuple[str, Callable[[], Finding], str]] = [
+        ("clock", doctor.clock, ""),
+        ("disk", partial(doctor.disk, config.gateway.state, min_free_bytes=config.store.min_free_bytes), ""),
+        ("key files", partial(doctor.private_files, keys), ""),
+        ("certificate", partial(doctor.certificate, config.broker.certificate, now=now), "is it a PEM certificate?"),
+        ("crypto", doctor.crypto, "pip install 'edgepriv[gateway]'"),
+        ("trust list", partial(_trust, config, now), "the owner signs a new one: edgepriv owner sign"),
+        ("store", partial(_store, config), "check the path, its owner and the disk"),
+        ("pages", partial(_pages, config), ""),
+        ("broker", partial(_broker, config, network=network, running=running), "systemctl status mosquitto"),
+        ("daemon", partial(_daemon, config, now, running=running), "systemctl start edgepriv-gateway"),
+    ]
+    return [guarded(name, check, remedy) for name, check, remedy in checks]
+
+
+def _trust(config: Config, now: float) -> Finding:
+    from edgepriv.wire.trust import read_trust
+
+    identity, owner = load_identity(config.gateway.identity), load_public(config.gateway.owner)
+    trust = read_trust(config.gateway.trust.read_bytes(), owner.ed25519, now=now)
+    listed = trust.party(identity.name, "gateway")
+    if listed.ed25519 != identity.public.ed25519 or listed.x25519 != identity.public.x25519:
+        remedy = "the owner adds this gateway's .pub file again"
+        return Finding("trust list", FAILED, f"it has other keys for {identity.name}", remedy)
+    days = (trust.expires - now) / DAY_S
+    state = WARNING if days < doctor.CERTIFICATE_DAYS else OK
+    remedy = "the owner signs a new one: edgepriv owner sign" if state == WARNING else ""
+    return Finding("trust list", state, f"version {trust.version}, {days:.0f} days left", remedy)
+
+
+def _store(config: Config) -> Finding:
+    from gateway.daemon import open_store
+
+    if config.store.url_file is None and not (config.gateway.state / "gateway.db").is_file():
+        return Finding("store", SKIPPED, "the gateway has not run yet")
+    store = open_store(config, create=False)
+    try:
+        if store.database.kind == "sqlite":
+            (answer,) = store.database.query("PRAGMA quick_check(1)")[0]
+            if answer != "ok":
+                return Finding("store", FAILED, f"the database is damaged: {answer}", "restore a backup")
+        share = store.used_bytes / store.max_bytes
+    finally:
+        store.close()
+    state = FAILED if share >= 1 else (WARNING if share > config.alerts.store_used_ratio else OK)
+    remedy = "raise [store] max_bytes or erase old data" if state != OK else ""
+    return Finding("store", state, f"{store.database.kind}, {100 * share:.1f} % of its limit", remedy)
+
+
+def _pages(config: Config) -> Finding:
+    if not config.pages.port:
+        return Finding("pages", SKIPPED, "they are off")
+    from gateway.pages.access import Operators
+
+    count = len(Operators(config.pages.tokens).all())
+    if not count:
+        remedy = "edgepriv-gateway operators add NAME --role operator"
+        return Finding("pages", WARNING, "nobody can log in", remedy)
+    local = config.pages.host in {"127.0.0.1", "::1", "localhost"}
+    if not local and config.pages.certificate is None:
+        remedy = 'host = "127.0.0.1" behind a TLS proxy, or set certificate and key'
+        return Finding("pages", FAILED, f"served at {config.pages.host} without TLS", remedy)
+    return Finding("pages", OK, f"{count} operators may log in")
+
+
+def _broker(config: Config, *, network: bool, running: bool) -> Finding:
+    if not network or running:
+        reason = "the daemon has the connection" if running else "not asked for"
+        return Finding("broker", SKIPPED, reason)
+    b = config.broker
+    name = load_identity(config.gateway.identity).name
+    return doctor.broker(b.url, name, tls=b.tls, username=b.username, password_file=b.password_file)
+
+
+def _daemon(config: Config, now: float, *, running: bool) -> Finding:
+    import json
+
+    if not running:
+        return Finding("daemon", WARNING, "it does not run", "systemctl start edgepriv-gateway")
+    status = json.loads((config.gateway.state / "status.json").read_text())
+    age = now - float(status["at"])
+    if age > 30:
+        return Finding(
+            "daemon", FAILED, f"its loop has not turned for {age:.0f} s", "systemctl restart edgepriv-gateway"
+        )
+    if status["failed"]:
+        text = "; ".join(f"{name}: {why}" for name, why in status["failed"].items())
+        return Finding("daemon", FAILED, text, "journalctl -u edgepriv-gateway")
+    return Finding("daemon", OK, "it runs and is ready")
