@@ -47,6 +47,7 @@ PRESET_NAMES = (
 @click.option("--clip", type=float, default=None, help="L2 norm the update was clipped to.")
 @click.option("--clients", type=click.IntRange(1), default=1, show_default=True, help="The update is their mean.")
 @click.option("--subspace", type=click.IntRange(0), default=None, help="Bound over so many low frequencies only.")
+@click.option("--classes", "with_classes", is_flag=True, help="Invert the classes of the model too.")
 @click.option("--no-bound", is_flag=True, help="Leave the bound out.")
 @click.option("--fail-on", default="never", show_default=True, type=click.Choice(["never", "leaks", "at-risk"]))
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -76,6 +77,8 @@ def update(
         audit = _audit(model, sent.tensors, recipe, canaries, options)
         record = {**audit.record(), "attack_settings": asdict(_attack(options))}
     record["recipe"] = asdict(recipe)
+    if options["with_classes"]:
+        record["class_inversion"] = _class_inversion(model, canaries)
     if html:
         _write_html(Path(html), audit, canaries, record)
     click.echo(json.dumps(record, indent=2) if as_json else _as_text(record))
@@ -103,6 +106,14 @@ def _audit(
         device=options["device"],
         progress=_progress(),
     )
+
+
+def _class_inversion(model: Any, canaries: Canaries) -> dict[str, Any]:
+    """Show what the model itself gives away, update or not."""
+    from edgepriv.risk.gradient_leakage.class_inversion import invert_classes
+
+    classes = int(model.state_dict()["head.weight"].shape[0])
+    return invert_classes(model, classes, canaries.public, canaries.public_labels).record()
 
 
 def _bound_only(
@@ -241,6 +252,11 @@ def _as_text(record: dict[str, Any]) -> str:
         )
     if record["bound_psnr_db"] is not None:
         lines.append(f"bound    {record['bound_psnr_db']:.1f} dB; the prior alone {record['bound_floor_db']:.1f} dB")
+    if found := record.get("class_inversion"):
+        lines.append(
+            f"classes  {found['recognised']:.0%} of the inverted classes are recognised, "
+            f"SSIM {found['mean_ssim']:.2f} with the class means (the prior: {found['prior_ssim']:.2f})"
+        )
     return "\n".join([*lines, record["caveat"]])
 
 

@@ -1,14 +1,16 @@
-"""Run one attack of JonasGeiping/breaching on an update that the benchmark wrote; runs in an environment of its own.
+"""Run attacks of JonasGeiping/breaching on updates that the benchmark wrote; runs in an environment of its own.
 
-Usage: PYTHON breaching_worker.py CASE.npz RESULT.npz. The environment needs breaching, hydra-core, omegaconf, lpips,
-torchvision and torch; edgepriv comes by PYTHONPATH for the architecture alone. Where torchvision's compiled part does
-not fit the installed torch it is left out: the attacks do not use it.
+Usage: PYTHON breaching_worker.py FOLDER: every *.case.npz in it gets its *.result.npz.
+The environment needs breaching, hydra-core, omegaconf, lpips, torchvision and torch; edgepriv comes by PYTHONPATH for
+the architecture alone. Where torchvision's compiled part does not fit the installed torch it is left out: the attacks
+do not use it.
 """
 
 import json
 import sys
 import time
 import types
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,9 +26,15 @@ def main() -> None:
         sys.modules["torchvision._meta_registrations"] = types.ModuleType("torchvision._meta_registrations")
     import breaching
 
+    for path in sorted(Path(sys.argv[1]).glob("*.case.npz")):
+        with np.load(path, allow_pickle=False) as case:
+            images, seconds = _attack(breaching, case)
+        np.savez(path.with_name(path.name.replace(".case.", ".result.")), images=images, seconds=seconds)
+
+
+def _attack(breaching, case):
     from edgepriv.risk import models
 
-    case = np.load(sys.argv[1], allow_pickle=False)
     spec = json.loads(str(case["spec"]))
     torch.manual_seed(spec["seed"])
     model = models.build(spec["architecture"], 10, spec["shape"][1], spec["shape"][2])
@@ -47,7 +55,7 @@ def main() -> None:
     found, _ = attacker.reconstruct([payload], [shared], {}, dryrun=False)
     seconds = time.perf_counter() - began
     images = found["data"].detach().clamp(0, 1).permute(0, 2, 3, 1).numpy()
-    np.savez(sys.argv[2], images=images.astype(np.float32), seconds=seconds)
+    return images.astype(np.float32), seconds
 
 
 def _exchange(spec, weights, deltas, labels):

@@ -100,6 +100,7 @@ class UpdateAudit:
             "images": found.n,
             "matching_loss": self.reconstruction.matching_loss,
             "statistics_loss": self.reconstruction.statistics_loss,
+            "statistics_layers": self.reconstruction.recovered_layers,
         }
         ceiling = None if self.ceiling is None else self.ceiling.record()
         return {

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 WIDTH, HEIGHT, LEFT, BOTTOM = 560, 300, 56, 44
 COLOURS = ("#b3261e", "#1f5fbf", "#2a7a4b", "#9a6700", "#6b3fa0")
 MAX_SHOWN = 8
+COLOUR_OF = {"leaks": "vicious", "at risk": "high", "contained": ""}  # class names of the shared style
 
 
 def update_html(audit: UpdateAudit, canaries: Canaries, title: str) -> str:
@@ -44,7 +45,7 @@ def update_html(audit: UpdateAudit, canaries: Canaries, title: str) -> str:
     table = "".join(f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in rows)
     caveat = "" if ceiling is None else f"<p>{escape(ceiling.caveat)}</p>"
     body = f"""<h1>{escape(title)}</h1>
-<p class="verdict {"high" if audit.verdict != "contained" else ""}"><strong>{escape(audit.verdict)}</strong>:
+<p class="verdict {COLOUR_OF[audit.verdict]}"><strong>{escape(audit.verdict)}</strong>:
 {escape(audit.reason)}.</p><table>{table}</table>
 <h2>Pictures</h2><p>Canary, reconstruction, public image nearest to the reconstruction.</p>
 {figure(audit_grid(audit, canaries), "canary | reconstruction | nearest public image")}
@@ -125,10 +126,8 @@ def chart(
             path = " ".join(f"{x},{y}" for x, y in placed)
             parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
         parts.extend(f'<circle cx="{x}" cy="{y}" r="4" fill="{colour}"/>' for x, y in placed)
-        parts.append(
-            f'<text x="{WIDTH - 12}" y="{34 + 16 * index}" text-anchor="end" style="fill:{colour}">'
-            f"{escape(name)}</text>"
-        )
+        right = WIDTH - 16 - 100 * (len(series) - 1 - index)
+        parts.append(f'<text x="{right}" y="16" text-anchor="end" style="fill:{colour}">{escape(name)}</text>')
     if marked is not None:
         x, y = at(marked)
         parts.append(f'<circle cx="{x}" cy="{y}" r="9" fill="none" stroke="currentColor" stroke-width="2"/>')
@@ -155,6 +154,8 @@ def _axes(title: str, x_name: str, y_name: str, xs: tuple[float, float], ys: tup
 
 def _span(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
+    if low >= 0 and 0.05 < high <= 1:
+        return 0.0, 1.0  # shares and noise multipliers read best on the whole scale
     margin = 0.05 * (high - low) or max(abs(high) * 0.05, 0.05)
     return low - margin, high + margin
 

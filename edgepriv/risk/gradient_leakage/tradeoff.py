@@ -374,15 +374,19 @@ def tradeoff_html(result: Tradeoff) -> str:
     """Return the page with the table and two pictures: leakage against accuracy, leakage over noise."""
     by_sharing: dict[str, list[tuple[float, float]]] = {}
     over_noise: dict[str, list[tuple[float, float]]] = {}
+    ceilings: dict[str, list[tuple[float, float]]] = {}
     for point in result.points:
         kind = "BN shared" if point.setting.recipe.shares_statistics else "BN at home"
         by_sharing.setdefault(kind, []).append((point.accuracy, point.iip))
-        over_noise.setdefault(kind, []).append((point.setting.noise_multiplier, point.bound_gain_db))
+        over_noise.setdefault(kind, []).append((point.setting.noise_multiplier, point.iip))
+        if point.setting.noise_multiplier > 0:  # without noise the bound is only what float32 rounds away
+            ceilings.setdefault(kind, []).append((point.setting.noise_multiplier, point.bound_gain_db))
     chosen = result.recommended
     marked = None if chosen is None else (chosen.accuracy, chosen.iip)
     floor = "gain of the bound over the prior (dB)"
     pictures = page.chart("Trade-off", "accuracy", "IIP", by_sharing, lines=False, marked=marked)
-    pictures += page.chart("Bound", "noise multiplier of the sum", floor, {k: sorted(v) for k, v in over_noise.items()})
+    for title, name, series in (("Attack", "IIP", over_noise), ("Bound", floor, ceilings)):
+        pictures += page.chart(title, "noise multiplier of the sum", name, {k: sorted(v) for k, v in series.items()})
     snippet = "" if chosen is None else f"<h2>Recommended</h2><pre>{recommended_toml(result)}</pre>"
     notes = "".join(f"<li>{note}</li>" for note in result.notes)
     body = f"<h1>Leakage against accuracy</h1>{pictures}{page.table(HEADS, rows(result))}{snippet}<ul>{notes}</ul>"

@@ -102,6 +102,15 @@ def test_the_classic_attacks_invert_the_networks_they_were_made_for(digits, pres
     assert _psnr(invert(model, update, recipe, x.shape, attack), x) >= 25
 
 
+def test_a_network_without_batchnorm_is_attacked_by_its_gradient_alone(digits):
+    model, recipe = digits.network(0, "cnn"), LocalRecipe()
+    update, x, y = digits.client(model, recipe, 1)
+    found = invert(model, update, recipe, x.shape, labels=y)
+    assert found.recovered_layers == 0
+    assert found.statistics_loss == 0
+    assert _psnr(found, x) >= 25
+
+
 def test_restarts_keep_the_lowest_loss(digits):
     model, recipe = digits.network(0), LocalRecipe(batch_size=4)
     update, x, y = digits.client(model, recipe, 4)

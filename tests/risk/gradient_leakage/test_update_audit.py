@@ -134,7 +134,7 @@ def test_the_tradeoff_recommends_a_setting_the_gateway_accepts():
     assert settings["noise"] == "distributed"
     assert LocalRecipe(**settings["training"]).batch_size == 4
     html = tradeoff.tradeoff_html(result)
-    assert html.count("<svg") == 2
+    assert html.count("<svg") == 3
     assert "<script" not in html
     json.dumps(result.record())
     none = replace(result, recommended=None)

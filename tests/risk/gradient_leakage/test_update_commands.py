@@ -49,11 +49,12 @@ def test_an_update_is_audited_with_the_recipe_it_states(made):
 
 
 def test_without_canaries_only_the_bound_is_given(made):
-    done = _audit(made, "--public", "digits", "--images", 2, "--json")
+    done = _audit(made, "--public", "digits", "--images", 2, "--classes", "--json")
     record = json.loads(done.stdout)
     assert record["attack"] is None
     assert record["bound_psnr_db"] > record["bound_floor_db"]
     assert "nothing is said about the images" in record["about"]
+    assert 0 <= record["class_inversion"]["recognised"] <= 1
 
 
 def test_a_threshold_stops_a_build(made):
