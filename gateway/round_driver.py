@@ -188,7 +188,8 @@ class RoundDriver:
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}") from None
         decode_update(raw, max_bytes=MAX_WEIGHTS_BYTES)
-        head = {"digest": self.conductor.add_model(raw), "size": len(raw), "model": model}
+        last = int(self._store.database.query("SELECT coalesce(max(number), 0) FROM rounds")[0][0])
+        head = {"digest": self.conductor.add_model(raw), "size": len(raw), "model": model, "round": last}
         self._store.set_meta(HEAD, head)
         return head
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 PAGE_ROWS = 50
 STALE_S = 15.0
+MAX_REMEMBERED = 2000
 MAX_SNAPSHOT_BYTES = 64 << 20
 _ROUND = "SELECT number, state, record, started, updated FROM rounds"
 
@@ -42,6 +43,19 @@ class Figures:
 
     def __init__(self, database: Database, config: Config, clock: Callable[[], float] = time.time) -> None:
         self._db, self._config, self._clock = database, config, clock
+        self._ended: dict[int, tuple[float, dict[str, Any]]] = {}
+
+    def _described(self, row: Row, reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """A round's row as values; what an ended round was never changes, so it is decoded once."""
+        number, _, _, _, updated = row
+        known = self._ended.get(number)
+        if known is None or known[0] != updated:
+            known = (updated, _round(row))
+            if len(self._ended) > MAX_REMEMBERED:
+                self._ended.clear()
+            self._ended[number] = known
+        report = reports.get(str(number), {})
+        return {**known[1], "accuracy": report.get("accuracy"), "leakage_bound": report.get("leakage_bound")}
 
     def _count(self, sql: str, *params: Any) -> int:
         return int(self._db.query(sql, params)[0][0] or 0)
@@ -132,7 +146,7 @@ class Figures:
         number, pages, offset = self._page(number, total)
         rows = self._db.query(f"{_ROUND} ORDER BY number DESC LIMIT ? OFFSET ?", (PAGE_ROWS, offset))
         reports = self._reports([row[0] for row in rows])
-        return Page([_round(row, reports) for row in rows], number, pages, total)
+        return Page([self._described(row, reports) for row in rows], number, pages, total)
 
     def _reports(self, numbers: list[int]) -> dict[str, dict[str, Any]]:
         if not numbers:
@@ -147,7 +161,7 @@ class Figures:
     def round(self, number: int) -> dict[str, Any] | None:
         """One round's record, or None."""
         rows = self._db.query(f"{_ROUND} WHERE number = ?", (number,))
-        return _round(rows[0], self._reports([number])) if rows else None
+        return self._described(rows[0], self._reports([number])) if rows else None
 
     def running(self) -> dict[str, Any] | None:
         """The round that runs now: its state and how many devices stand where."""
@@ -178,7 +192,7 @@ class Figures:
     def round_series(self) -> dict[str, list[float]]:
         """The last 200 ended rounds as columns for the chart."""
         rows = self._db.query(f"{_ROUND} WHERE snapshot IS NULL ORDER BY number DESC LIMIT 200")
-        rounds = [_round(row, {}) for row in reversed(rows)]
+        rounds = [self._described(row, {}) for row in reversed(rows)]
         return {
             "number": [r["number"] for r in rounds],
             "participants": [r["participants"] for r in rounds],
@@ -241,9 +255,9 @@ def _literal(text: str) -> str:
     return text.replace("!", "!!").replace("%", "!%").replace("_", "!_")
 
 
-def _round(row: Row, reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _round(row: Row) -> dict[str, Any]:
     number, state, raw, started, updated = row
-    record, report = unpack(raw), reports.get(str(number), {})
+    record = unpack(raw)
     return {
         "number": number,
         "state": state,
@@ -261,8 +275,6 @@ def _round(row: Row, reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "after": _hex(record.get("after")),
         "started": started,
         "seconds": max(0.0, updated - started),
-        "accuracy": report.get("accuracy"),
-        "leakage_bound": report.get("leakage_bound"),
     }
 
 
