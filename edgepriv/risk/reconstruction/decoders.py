@@ -43,20 +43,24 @@ class TransposedDecoder(nn.Module):
         self._shape, self._width = shape, width
         self._rows, self._columns = -(-shape[0] // 4), -(-shape[1] // 4)
         self.spread = nn.Sequential(
-            nn.Linear(inputs, 256), nn.ReLU(), nn.Linear(256, 2 * width * self._rows * self._columns), nn.ReLU()
+            nn.Linear(inputs, 256),
+            nn.LeakyReLU(0.1),
+            nn.Linear(256, 2 * width * self._rows * self._columns),
+            nn.LeakyReLU(0.1),
         )
         self.grow = nn.Sequential(
             nn.ConvTranspose2d(2 * width, width, 4, 2, 1),
-            nn.ReLU(),
+            nn.LeakyReLU(0.1),
             nn.ConvTranspose2d(width, width // 2, 4, 2, 1),
-            nn.ReLU(),
+            nn.LeakyReLU(0.1),
             nn.Conv2d(width // 2, shape[2], 3, padding=1),
         )
+        self.mean = nn.Parameter(torch.zeros(shape[2], shape[0], shape[1]))
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         """Return pictures [n, c, h, w] in [0, 1]."""
         small = self.spread(z).reshape(len(z), 2 * self._width, self._rows, self._columns)
-        return torch.sigmoid(self.grow(small)[:, :, : self._shape[0], : self._shape[1]])
+        return torch.sigmoid(self.grow(small)[:, :, : self._shape[0], : self._shape[1]] + self.mean)
 
 
 class PlainDecoder(nn.Module):
@@ -69,11 +73,12 @@ class PlainDecoder(nn.Module):
         self.layers = nn.Sequential(
             nn.Linear(inputs, 256), nn.ReLU(), nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, pixels)
         )
+        self.mean = nn.Parameter(torch.zeros(shape[2], shape[0], shape[1]))
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         """Return pictures [n, c, h, w] in [0, 1]."""
         height, width, channels = self._shape
-        return torch.sigmoid(self.layers(z)).reshape(len(z), channels, height, width)
+        return torch.sigmoid(self.layers(z).reshape(len(z), channels, height, width) + self.mean)
 
 
 class TrainedDecoder:
@@ -102,6 +107,7 @@ class TrainedDecoder:
         torch.manual_seed(self._settings.seed)
         form = {"conv": TransposedDecoder, "mlp": PlainDecoder}[self._settings.form]
         self._network = form(view.shape[1], shape).to(self._settings.device)
+        self._start_at_the_mean(pixels)
         self._fit(self._tensor(view), self._pictures(pixels))
 
     def _view(self, released: Array) -> Array:
@@ -118,6 +124,12 @@ class TrainedDecoder:
     def _pictures(self, pixels: NDArray[Any]) -> torch.Tensor:
         pictures = np.asarray(pixels, np.float32).reshape(-1, *self._shape).transpose(0, 3, 1, 2)
         return torch.as_tensor(np.ascontiguousarray(pictures), device=self._settings.device)
+
+    def _start_at_the_mean(self, pixels: NDArray[Any]) -> None:
+        """Let the untrained network give the mean picture: from mid-grey, early steps can kill it on dark pictures."""
+        mean = self._pictures(np.clip(np.asarray(pixels).mean(0, keepdims=True), 0.01, 0.99))[0]
+        with torch.no_grad():
+            self._network.mean.copy_(torch.logit(mean))
 
     def _fit(self, z: torch.Tensor, x: torch.Tensor) -> None:
         held = max(1, len(z) // 10)

@@ -1,0 +1,384 @@
+"""Vicious classifiers: the attack's table, the policies, the detector, the indicator and the audit's time.
+
+    python tests/benchmarks/vicious.py --json                       everything at CPU scale
+    python tests/benchmarks/vicious.py --part detection --json      one part
+    python tests/benchmarks/vicious.py --calibrate                  print new weights for the shipped detector
+    python tests/benchmarks/vicious.py --part table --full --device cuda   WRN-28 on whole data sets
+
+Models are trained here; nothing is compared with numbers from elsewhere. ``--cache`` keeps measured models, so that a
+run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from vicious_models import (
+    SIDE,
+    honest_entries,
+    measure_set,
+    middle_of,
+    open_data,
+    references,
+    vicious_entries,
+)
+
+from edgepriv.datasets import load
+from edgepriv.device.indicator import OutputIndicator
+from edgepriv.device.release import parse_policy
+from edgepriv.risk.reconstruction.attack import digit_attributes, padded, run_attack
+from edgepriv.risk.reconstruction.audit import AuditRequest, audit_outputs
+from edgepriv.risk.reconstruction.calibration import SHIPPED, Calibration
+from edgepriv.risk.reconstruction.decoders import DecoderSettings
+from edgepriv.risk.reconstruction.defences import Purifier, retrain_last_layer
+from edgepriv.risk.reconstruction.detectors import log_softmax, outputs_of, pictures_of
+from edgepriv.risk.reconstruction.indicator_fit import fit_indicator
+from edgepriv.risk.reconstruction.leakage import AuditSettings, Bench, Probe
+from edgepriv.risk.reconstruction.supplied_model import SuppliedModel
+from edgepriv.risk.reconstruction.verdict import against, reference_scores
+from edgepriv.risk.reconstruction.vicious import Recipe, TrainingSet, train
+
+SCHEMA = "edgepriv.vicious-benchmark/1"
+USED = ("ridge", "ridge_log_softmax", "trained")
+POLICIES = ("argmax", "softmax:1", "softmax:2", "softmax:3", "topk:3", "unsafe_raw_logits")
+
+
+def say(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+class Named:
+    """A release as a function, for comparisons that are no shipped policy."""
+
+    def __init__(self, name, function):
+        self.name, self._function = name, function
+
+    def bits(self, k):
+        return 32.0 * k
+
+    def apply(self, logits):
+        return np.asarray(self._function(logits), np.float32).astype(np.float64)
+
+
+UNROUNDED = Named("unrounded softmax", lambda z: np.exp(log_softmax(z)))
+LOG_SOFTMAX = Named("log-softmax", log_softmax)
+
+
+# --- the table: data sets x outputs --------------------------------------------------------------------------
+
+
+def table(args):
+    rows = []
+    for data, attributes in (("mnist", False), ("cifar10", False), ("mnist", True)):
+        for outputs in ("raw", "softmax"):
+            rows.append(table_row(args, data, outputs, attributes=attributes))
+            say(json.dumps(rows[-1]))
+    return rows
+
+
+def table_row(args, data, outputs, *, attributes):
+    folder = args.data / data
+    training = load(folder, split="train", limit=None if args.full else args.images)
+    test = load(folder, split="test")
+    recipe = Recipe(outputs=outputs, epochs=args.epochs, device=args.device)
+    if args.full:
+        width = "wrn28-1" if data == "mnist" else "wrn28-5"
+        recipe = replace(recipe, architecture=width, augment=True, epochs=args.epochs)
+    side = 32 if args.full else test.images.shape[1]
+    images, held = (padded(part.images, side) for part in (training, test))
+    bench = Bench(Probe(data, held, test.labels), AuditSettings(4000, None))
+    targets, wanted = training.labels, bench.labels
+    if attributes:
+        targets, wanted = digit_attributes(targets), digit_attributes(wanted)
+    prepared = TrainingSet.of(images, targets, classes=None if attributes else 10)
+    name = f"{data}{'-attributes' if attributes else ''}-{outputs}"
+    out = args.cache / f"table-{name}-{args.epochs}-{args.images}{'-full' if args.full else ''}"
+    found = run_attack(recipe, prepared, bench, wanted, out, progress=say).as_dict()
+    scores = {
+        f"{key}_{who}": found[who][key]
+        for key in ("ssim", "psnr_db", "risk_r")
+        for who in ("reconstruction", "class_mean")
+    }
+    return {
+        "data": data + (" attributes" if attributes else ""),
+        "outputs": outputs,
+        "architecture": recipe.architecture,
+        "training_images": len(images),
+        "epochs": recipe.epochs,
+        "accuracy_honest": found["accuracy"]["honest"],
+        "accuracy_vicious": found["accuracy"]["vicious"],
+        "explained_variance": found["reconstruction"]["explained_variance"],
+        **scores,
+    }
+
+
+# --- the sets that calibrate and judge -----------------------------------------------------------------------
+
+
+def differences(models, found):
+    return [against(m["features"], found[m["architecture"]], known=True) for m in models]
+
+
+def calibrate(args):
+    from sklearn.linear_model import LogisticRegression
+
+    data = open_data(args.data / "mnist")
+    found = references(data, args.cache)
+    entries = vicious_entries(300, adapted=False) + honest_entries(100, many=False)
+    models = measure_set(entries, "calibrate", data, args.cache, {})
+    bad = np.array([not m["stratum"].startswith("honest") for m in models])
+    x = np.array([[d[name] for name in USED] for d in differences(models, found)])
+    scale = x.std(0)
+    fitted = LogisticRegression(C=10.0).fit(x / scale, bad)
+    weights = {name: float(w / s) for name, w, s in zip(USED, fitted.coef_[0], scale, strict=True)}
+    shipped = Calibration(weights, float(fitted.intercept_[0]))
+    scores = np.array([shipped.score(d) for d in differences(models, found)])
+    threshold = max(0.0, float((scores[~bad].max() + scores[bad].min()) / 2))
+    return {
+        "weights": weights,
+        "bias": shipped.bias,
+        "threshold": threshold,
+        "honest_largest": float(scores[~bad].max()),
+        "vicious_smallest": float(scores[bad].min()),
+        "models": {"honest": int((~bad).sum()), "vicious": int(bad.sum())},
+    }
+
+
+def auc(honest, vicious):
+    h, v = np.asarray(honest)[:, None], np.asarray(vicious)[None]
+    return float(((v > h) + 0.5 * (v == h)).mean())
+
+
+def auc_with_interval(honest, vicious, *, rounds=2000, seed=0):
+    """AUC with a 95 % bootstrap interval over models."""
+    if not len(vicious):
+        return None
+    generator = np.random.default_rng(seed)
+    h, v = np.asarray(honest), np.asarray(vicious)
+    values = [
+        auc(h[generator.integers(0, len(h), len(h))], v[generator.integers(0, len(v), len(v))]) for _ in range(rounds)
+    ]
+    low, high = np.quantile(values, [0.025, 0.975])
+    return {"auc": auc(h, v), "interval": [float(low), float(high)], "models": len(v)}
+
+
+def judged_models(args):
+    data = open_data(args.data / "mnist")
+    found = references(data, args.cache)
+    entries = vicious_entries(700, adapted=True) + honest_entries(500, many=True)
+    return data, found, measure_set(entries, "judge", data, args.cache, middle_of(found))
+
+
+def detection(args):
+    _, found, models = judged_models(args)
+    rows = []
+    for model, difference in zip(models, differences(models, found), strict=True):
+        limits = reference_scores(found[model["architecture"]], known=True)
+        score = SHIPPED.score(difference)
+        flagged = score > SHIPPED.threshold and score > max(limits)
+        rows.append(
+            {**{k: v for k, v in model.items() if k not in {"logits", "features"}}, "score": score, "flagged": flagged}
+        )
+    honest = [r for r in rows if r["stratum"].startswith("honest")]
+    worked = [r for r in rows if r.get("succeeded")]
+    failed = [r for r in rows if r.get("succeeded") is False]
+    values = [r["score"] for r in honest]
+    strata = {
+        name: {
+            "all": auc_with_interval(values, [r["score"] for r in rows if r["stratum"] == name]),
+            "successful": auc_with_interval(values, [r["score"] for r in worked if r["stratum"] == name]),
+            "flagged": sum(r["flagged"] for r in rows if r["stratum"] == name),
+            "failed_attacks": sum(r["stratum"] == name for r in failed),
+        }
+        for name in ("strong", "weak", "softmax", "adapted")
+    }
+    pooled = [r["score"] for r in worked if r["stratum"] in {"strong", "weak"}]
+    return {
+        "honest": len(honest),
+        "false_positives": [r["stratum"] for r in honest if r["flagged"]],
+        "pooled_strong_and_weak": auc_with_interval(values, pooled),
+        "strata": strata,
+        "escaped": [
+            {"stratum": r["stratum"], "own_explained_variance": r["own_explained_variance"], "score": r["score"]}
+            for r in worked
+            if not r["flagged"]
+        ],
+        "threshold": SHIPPED.threshold,
+        "models": rows,
+    }
+
+
+def indicator(args):
+    """AUC of the device's per-output indicator, one output and a window of 50."""
+    data, _, models = judged_models(args)
+    part = data.parts["references"]
+    x = pictures_of(data.bench.images)
+    logits = []
+    for seed in range(5):
+        pair = train(Recipe(reconstruction_weight=0.0, seed=9000 + seed, epochs=(8, 3, 12)[seed % 3]), part)
+        logits.append(outputs_of(pair.classifier, x))
+    device = OutputIndicator.from_bytes(fit_indicator(logits, window=50))
+    found = {}
+    generator = np.random.default_rng(0)
+    for model in models:
+        if model["architecture"] != "cnn":
+            continue
+        distance = device.distances(np.array(model["logits"], np.float32))
+        windows = distance[generator.integers(0, len(distance), (200, 50))].mean(1)
+        group = "honest" if model["stratum"].startswith("honest") else model["stratum"]
+        found.setdefault(group, []).append((distance, windows))
+    honest_one, honest_many = (np.concatenate([f[i] for f in found["honest"]]) for i in (0, 1))
+    rows = {}
+    for group, values in found.items():
+        one, many = (np.concatenate([f[i] for f in values]) for i in (0, 1))
+        rows[group] = {
+            "models": len(values),
+            "auc_one_output": auc(honest_one[::7], one[::7]),
+            "auc_window_of_50": auc(honest_many, many),
+            "windows_flagged": float((many > device.threshold).mean()),
+        }
+    return rows
+
+
+# --- policies and defences -----------------------------------------------------------------------------------
+
+
+def policies(args):
+    """Leakage per policy over all auditors on the strong vicious models and on honest ones."""
+    data, _, models = judged_models(args)
+    settings = AuditSettings(2000, DecoderSettings(form="conv", epochs=10))
+    bench = Bench(Probe("mnist-14", data.bench.images, data.bench.labels), settings)
+    rows = {}
+    chosen = [("strong", m) for m in models if m["stratum"] == "strong"][:3]
+    chosen += [("honest", m) for m in models if m["stratum"] == "honest plain"][:2]
+    for kind, model in chosen:
+        order = np.random.RandomState(1).permutation(len(data.bench.images))[: len(bench.images)]
+        logits = np.array(model["logits"], np.float32)[order]
+        for policy in (*map(parse_policy, POLICIES), UNROUNDED, LOG_SOFTMAX):
+            leak = bench.leakage(logits, policy)
+            row = rows.setdefault((kind, policy.name), {"bits": leak.bits, "ev": [], "accuracy": [], "auditors": {}})
+            row["ev"].append(leak.score.explained_variance)
+            row["accuracy"].append(leak.accuracy)
+            for name, value in leak.by_auditor.items():
+                row["auditors"].setdefault(name, []).append(value)
+    return [
+        {
+            "model": kind,
+            "policy": name,
+            "bits": row["bits"],
+            "explained_variance_mean": float(np.mean(row["ev"])),
+            "explained_variance_largest": float(max(row["ev"])),
+            "accuracy": float(np.mean(row["accuracy"])),
+            "by_auditor": {k: float(np.mean(v)) for k, v in row["auditors"].items()},
+        }
+        for (kind, name), row in rows.items()
+    ]
+
+
+def defences(args):
+    """Accuracy and leakage of release policies, purified outputs and a retrained last layer, on one strong model."""
+    data = open_data(args.data / "mnist")
+    pair = train(Recipe(epochs=12, seed=4242), data.parts["judge"])
+    bench, x = data.bench, pictures_of(data.bench.images)
+    own = data.parts["references"]
+    logits = outputs_of(pair.classifier, x)
+    retrained = outputs_of(retrain_last_layer(pair.classifier, own), x)
+    helper = outputs_of(pair.classifier, own.pictures)
+    releases = [("none (raw logits)", logits, parse_policy("unsafe_raw_logits"))]
+    releases += [(f"release {name}", logits, parse_policy(name)) for name in ("argmax", "softmax:1", "softmax:2")]
+    for strength in (0.5, 0.9):
+        purifier = Purifier(helper, strength)
+        releases.append((f"purified {strength}", logits, Named(f"purified {strength}", purifier.apply)))
+        rounded = Named("p", lambda z, p=purifier: parse_policy("softmax:2").apply(p.apply(z)))
+        releases.append((f"purified {strength}, then softmax:2", logits, rounded))
+    releases.append(("last layer trained anew, raw logits", retrained, parse_policy("unsafe_raw_logits")))
+    releases.append(("last layer trained anew, argmax", retrained, parse_policy("argmax")))
+    rows = []
+    for name, outputs, policy in releases:
+        leak = bench.leakage(outputs, policy)
+        rows.append({"defence": name, "explained_variance": leak.score.explained_variance, "accuracy": leak.accuracy})
+    return rows
+
+
+def timing(args):
+    """Seconds of an audit against the number of pictures and the model's size; no references, ridge and trained."""
+    test = load(args.data / "mnist", split="test")
+    rows = []
+    from edgepriv.risk.reconstruction.networks import mlp
+    from edgepriv.risk.reconstruction.onnx_writer import write_onnx
+
+    for hidden, count in ((256, 1000), (256, 3000), (256, 6000), (2048, 3000), (8192, 3000)):
+        with tempfile.TemporaryDirectory() as folder:
+            torch.manual_seed(0)
+            path = Path(folder) / "m.onnx"
+            write_onnx(mlp((28, 28, 1), 10, hidden=hidden), (28, 28, 1), 10, path)
+            for form in (None, "conv"):
+                trained = DecoderSettings(form=form) if form else None
+                request = AuditRequest(settings=AuditSettings(count, trained), references=0)
+                started, cpu = time.monotonic(), time.process_time()
+                audit_outputs(
+                    SuppliedModel.find(path), Probe("mnist", test.images, test.labels),
+                    [parse_policy("argmax"), parse_policy("unsafe_raw_logits")], request,
+                )  # fmt: skip
+                rows.append(
+                    {
+                        "parameters": 784 * hidden + hidden * 11 + 10,
+                        "pictures": count,
+                        "auditors": f"ridge and {form}" if form else "ridge",
+                        "wall_s": time.monotonic() - started,
+                        "cpu_s": time.process_time() - cpu,
+                    }
+                )
+    return rows
+
+
+PARTS = {
+    "detection": detection,
+    "policies": policies,
+    "indicator": indicator,
+    "defences": defences,
+    "table": table,
+    "timing": timing,
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    root = Path(__file__).resolve().parents[2]
+    default = os.environ.get("EDGEPRIV_TEST_DATA", str(root.parent / "shared" / "data"))
+    parser.add_argument("--data", type=Path, default=Path(default))
+    parser.add_argument("--part", choices=sorted(PARTS), action="append")
+    parser.add_argument("--cache", type=Path, default=None, help="keep measured models in this folder")
+    parser.add_argument("--calibrate", action="store_true")
+    parser.add_argument("--full", action="store_true", help="WRN-28, all training pictures: needs a GPU")
+    parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--epochs", type=int, default=None)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    args.epochs = args.epochs or (50 if args.full else 8)
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as scratch:
+        args.cache = args.cache or Path(scratch)
+        args.cache.mkdir(parents=True, exist_ok=True)
+        if args.calibrate:
+            result = {"schema": SCHEMA, "calibration": calibrate(args)}
+        else:
+            parts = args.part or list(PARTS)
+            result = {"schema": SCHEMA, "side": SIDE, "torch": torch.__version__, "device": args.device}
+            result |= {name: PARTS[name](args) for name in parts}
+    print(json.dumps(result, indent=None if args.json else 2))
+
+
+if __name__ == "__main__":
+    main()
