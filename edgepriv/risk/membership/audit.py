@@ -105,7 +105,7 @@ class AuditReport:
 
     @property
     def null_holds(self) -> bool:
-        """Whether the permuted null reads one half within its own 99 % interval."""
+        """Whether the permuted null reads one half within its own 99.9 % interval."""
         return self.null_interval[0] <= self.null_auc <= self.null_interval[1]
 
     def verdict(self, max_auc: float = 0.60, max_tpr: float = 0.05, *, rate: float = 0.01) -> str:
