@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import shutil
 import sqlite3
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from edgepriv.device.seal import SealedItem
 
 ARENA_BYTES = 16 << 10
+NO_SPACE_BYTES = 64 << 10
 DROP_POLICIES = ("oldest", "refuse")
 SCHEMA = """
 CREATE TABLE items (
@@ -82,7 +84,7 @@ class Spool:
                 for item in items:
                     self._insert(item)
         except (OSError, sqlite3.OperationalError) as error:
-            if not _is_full(error):
+            if not _is_full(error, self.folder):
                 raise
             raise StorageFullError(
                 "the disk of the spool is full", hint="free space, or lower [spool] max_mb"
@@ -129,7 +131,7 @@ class Spool:
             self._db.rollback()
             self._arena.undo()
             self._count, self._stored = self._totals()
-            if not _is_full(error):
+            if not _is_full(error, self.folder):
                 raise
             raise StorageFullError("the disk of the spool is full", hint="free space") from error
         self._arena.settle()
@@ -234,7 +236,7 @@ class Spool:
         try:
             self.count(name)
         except sqlite3.OperationalError as error:
-            if not _is_full(error):
+            if not _is_full(error, self.folder):
                 raise
             raise StorageFullError("the disk of the spool is full", hint="free space") from error
         value = self.counters()[name]
@@ -259,7 +261,7 @@ class Spool:
         try:
             return _connect(path)
         except sqlite3.OperationalError as error:  # the file may be sound: it must not be set aside
-            if _is_full(error):
+            if _is_full(error, self.folder):
                 raise StorageFullError("the disk of the spool is full", hint="free space") from error
             raise UnavailableError(f"the spool {path} cannot be opened: {error}", hint="check the disk") from error
         except sqlite3.DatabaseError:
@@ -314,5 +316,8 @@ def _connect(path: Path) -> sqlite3.Connection:
     return db
 
 
-def _is_full(error: Exception) -> bool:
-    return "full" in str(error) or getattr(error, "errno", None) in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+def _is_full(error: Exception, folder: Path) -> bool:
+    """Whether an error means that the disk is full; SQLite says only "disk I/O error" for some of its files."""
+    if "full" in str(error) or getattr(error, "errno", None) in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+        return True
+    return "disk I/O error" in str(error) and shutil.disk_usage(folder).free < NO_SPACE_BYTES
