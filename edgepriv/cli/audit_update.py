@@ -64,9 +64,9 @@ def update(
     With --data the update is attacked and scored against those canaries. With --public alone nothing is inverted:
     the bound is computed on public images with the same recipe. Exit code 3 where --fail-on is reached.
     """
-    import torch
+    from edgepriv.risk import models
 
-    torch.set_num_threads(options["threads"])
+    models.prepare(threads=options["threads"])
     sent = read_update_file(update_path)
     recipe = recipe_from(options, sent.meta)
     canaries = _canaries(options, sent.meta)
@@ -276,6 +276,10 @@ def _as_text(record: dict[str, Any]) -> str:
 @click.option("--statistics", type=click.Choice(["both", "shared", "home"]), default="both", show_default=True)
 @click.option("--delta", type=float, default=1e-5, show_default=True)
 @click.option("--max-iip", type=float, default=0.1, show_default=True, help="What the recommended setting may leak.")
+@click.option(
+    "--canaries", type=click.IntRange(1, 32), default=4, show_default=True, help="Images of the canary device."
+)
+@click.option("--iterations", type=click.IntRange(1), default=80, show_default=True, help="Of each attack.")
 @click.option("--limit", type=click.IntRange(100), default=3000, show_default=True, help="Images used.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
@@ -285,12 +289,12 @@ def _as_text(record: dict[str, Any]) -> str:
 @click.option("--toml", type=click.Path(path_type=Path), default=None, help="Write the recommended [rounds] settings.")
 def tradeoff(*, as_json: bool, html: str | None, toml: Path | None, **options: Any) -> None:
     """Sweep clipping, noise, batches, local steps and BatchNorm sharing; show leakage against accuracy."""
-    import torch
-
     from edgepriv import datasets
+    from edgepriv.risk import models
     from edgepriv.risk.gradient_leakage import tradeoff as sweep
+    from edgepriv.risk.gradient_leakage.inversion import Attack
 
-    torch.set_num_threads(options["threads"])
+    models.prepare(threads=options["threads"])
     data = datasets.load(options["data"], limit=options["limit"])
     if len(data) < 100:
         raise DataError(f"{len(data)} images are too few for a trade-off", hint="at least 100")
@@ -303,10 +307,12 @@ def tradeoff(*, as_json: bool, html: str | None, toml: Path | None, **options: A
         learning_rate=options["learning_rate"],
     )
     world = sweep.make_world(
-        data, options["architecture"], clients=options["clients"], seed=options["seed"], device=options["device"]
-    )
+        data, options["architecture"], clients=options["clients"], seed=options["seed"],
+        canaries=options["canaries"], device=options["device"],
+    )  # fmt: skip
     result = sweep.run(
-        world, grid, rounds=options["rounds"], delta=options["delta"], max_iip=options["max_iip"],
+        world, grid, attack=Attack(iterations=options["iterations"], tv_weight=1e-2),
+        rounds=options["rounds"], delta=options["delta"], max_iip=options["max_iip"],
         progress=lambda line: click.echo(line, err=True),
     )  # fmt: skip
     if html:

@@ -115,12 +115,9 @@ def train_command(architecture: str, weights: Path, *, out: Path, as_json: bool,
 
 
 def _model(architecture: str, weights: Path, data: Any, *, fresh: bool, seed: int) -> Any:
-    import torch
-
     from edgepriv.risk import models
 
-    torch.set_num_threads(1)
-    torch.manual_seed(seed)
+    models.prepare(seed=seed)
     model = models.build(architecture, len(data.class_names), data.images.shape[3], data.images.shape[1])
     if not fresh:
         return models.load_weights(model, weights)

@@ -78,6 +78,13 @@ def build(name: str, classes: int, channels: int, size: int) -> nn.Module:
     return model
 
 
+def prepare(*, threads: int = 1, seed: int | None = None) -> None:
+    """Set torch's threads (more than the free cores make it slower, not faster) and the seed of fresh weights."""
+    torch.set_num_threads(threads)
+    if seed is not None:
+        torch.manual_seed(seed)
+
+
 def names() -> tuple[str, ...]:
     """Return the built-in architectures."""
     return tuple(_BUILDERS)

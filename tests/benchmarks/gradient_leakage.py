@@ -50,6 +50,7 @@ class Case:
     attack: Attack | None = None
     compare: bool = False
     seeds: int = 3
+    iterations: int = ITERATIONS
 
 
 def cases() -> list[Case]:
@@ -133,8 +134,8 @@ def _one(world: World, case: Case, seed: int, which: int) -> dict:
     model, held, recipe, update = _client(world, case, seed, which)
     protection = case.protection or protections.NoProtection()
     sent = protection.apply(update, np.random.default_rng([seed, which]))
-    attack = replace(case.attack or Attack(), iterations=ITERATIONS, seed=seed)
-    if case.protection is not None:
+    attack = replace(case.attack or Attack(), iterations=case.iterations, seed=seed)
+    if case.protection is not None and case.attack is None:
         attack = replace(attack, tv_weight=1e-2)
     clip = getattr(protection, "clip", None)
     sigmas = protection.sigmas(update)
@@ -221,18 +222,15 @@ def over_rounds(world: World, rounds=(0, 2, 5, 10, 20)) -> list[dict]:
 def cifar_cases(folder: str) -> list[dict]:
     """A ResNet-style BatchNorm network on CIFAR-10, fresh; bound over the affordable low frequencies."""
     world, out = World(folder, "resnet8", 32), []
+    smooth = Attack(tv_weight=3e-2)
+    home = protections.WithoutStatistics()
     for case in (
-        Case("CIFAR-10 resnet8 fresh B=1", batch=1, images=1),
-        Case("CIFAR-10 resnet8 fresh B=1, no BN term", batch=1, images=1, attack=PRESETS["gradient-only"]),
-        Case(
-            "CIFAR-10 resnet8 fresh B=1, statistics at home",
-            batch=1,
-            images=1,
-            protection=protections.WithoutStatistics(),
-        ),
-        Case("CIFAR-10 resnet8 fresh B=4"),
+        Case("CIFAR-10 resnet8 fresh B=1", batch=1, images=1, attack=smooth),
+        Case("CIFAR-10 resnet8 fresh B=1, no BN term", batch=1, images=1, attack=replace(smooth, bn_weight=0.0)),
+        Case("CIFAR-10 resnet8 fresh B=1, statistics at home", batch=1, images=1, protection=home, attack=smooth),
+        Case("CIFAR-10 resnet8 fresh B=4", attack=smooth),
     ):
-        out.append(run_case(world, replace(case, seeds=1), 1, None))
+        out.append(run_case(world, replace(case, seeds=1, iterations=400), 1, None))
         print(json.dumps(out[-1]), file=sys.stderr, flush=True)
     return out
 

@@ -179,7 +179,7 @@ def judge_update(
         progress: of the attack.
     """
     check_update(model.state_dict(), update)
-    attack = attack or Attack()
+    attack, shape = attack or Attack(), canaries.images.shape
     found = _attack(model, update, recipe, canaries, attack, clients, device, progress)
     pool = canaries.public.transpose(0, 2, 3, 1)[: None if canaries.apart else 0]
     leakage = score(
@@ -193,19 +193,13 @@ def judge_update(
     )
     ceiling = None
     if sigmas is not None:
+        chosen = affordable_subspace(shape) if subspace is None else subspace
         jac = jacobian(
-            model,
-            canaries.images,
-            canaries.labels,
-            recipe,
-            canaries.public,
-            subspace=affordable_subspace(canaries.images.shape) if subspace is None else subspace,
-            clients=clients,
-            device=device,
-        )
+            model, canaries.images, canaries.labels, recipe, canaries.public,
+            subspace=chosen, clients=clients, device=device,
+        )  # fmt: skip
         shares = any(name.endswith(".running_mean") for name in update)
-        noise = with_rounding(model.state_dict(), update, sigmas)
-        ceiling = bound(jac, noise, shares_statistics=shares, clip=clip)
+        ceiling = bound(jac, with_rounding(model.state_dict(), update, sigmas), shares_statistics=shares, clip=clip)
     verdict, reason = judge(leakage, ceiling, limits or Limits())
     return UpdateAudit(leakage, ceiling, found, verdict, reason)
 
