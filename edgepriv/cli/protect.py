@@ -90,7 +90,7 @@ def protect_model(**flags: Any) -> None:
         now_s=int(time.time()),
         log=_log,
     )
-    _write(flags["out"], bundle, report)
+    _write(flags["out"], bundle, report, issuer)
     click.echo(json.dumps(report, indent=1) if flags["as_json"] else _text(report, flags["out"]))
 
 
@@ -134,10 +134,10 @@ def _issuer(path: Path | None, out: Path) -> Identity:
     return issuer
 
 
-def _write(out: Path, bundle: Bundle, report: dict[str, Any]) -> None:
+def _write(out: Path, bundle: Bundle, report: dict[str, Any], issuer: Identity) -> None:
     from edgepriv.selective_encryption.bundle_files import write_bundle
 
-    write_bundle(out, bundle.files, bundle.manifest, report.pop("secrets"))
+    write_bundle(out, bundle.files, bundle.manifest, report.pop("secrets"), issuer.public)
 
 
 def _text(report: dict[str, Any], out: Path) -> str:

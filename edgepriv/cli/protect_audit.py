@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 @click.option("--seeds", default=2, show_default=True, help="Attacker seeds; the worst counts.")
 @click.option("--labels", default="20,100", show_default=True, help="Label counts of the attackers.")
 @click.option("--shares", default="0.01,0.1", show_default=True, help="The same as shares of the data.")
+@click.option("--no-decoys", is_flag=True, help="Do not run the decoy detectors.")
 @click.option("--no-startup", is_flag=True, help="Do not measure the start-up.")
 @click.option("--max-gain", type=float, help="End with exit code 3 when an attacker gains more.")
 @click.option("--threads", default=1, show_default=True)
@@ -47,13 +48,11 @@ def audit(folder: Path, data: str, original: Path | None, as_json: bool, **flags
 
 
 def _subject(folder: Path, original: Path | None) -> tuple[Subject, Any, Any, Any]:
-    from edgepriv.keys import load_identity
     from edgepriv.selective_encryption import bundle_files, carrier
     from edgepriv.selective_encryption.attack.document import Subject
     from edgepriv.selective_encryption.restore import open_carrier, open_with_key
 
-    issuer = load_identity(folder / "owner" / "issuer.key").public.ed25519
-    paper, _ = bundle_files.read_manifest(folder, [issuer])
+    paper, _ = bundle_files.read_manifest(folder, [bundle_files.read_issuer(folder)])
     if paper.sealed:
         raise ConfigError("the carrier is sealed as a whole: nobody without a key has anything to attack")
     key = bundle_files.read_secrets(folder)["key"]
@@ -73,6 +72,7 @@ def _document(
     folder: Path, subject: Subject, paper: Any, opened: tuple[Any, Any], train: Samples, test: Samples, flags: Any
 ) -> dict[str, Any]:
     from edgepriv.selective_encryption import calibrate
+    from edgepriv.selective_encryption.attack.detect import DETECTORS
     from edgepriv.selective_encryption.attack.document import document
 
     plain, masked = (calibrate.quality(model, test, threads=flags["threads"]) for model in opened)
@@ -88,6 +88,7 @@ def _document(
         labels=_numbers(flags["labels"], int),
         shares=_numbers(flags["shares"], float),
         flip=test.x.shape[1] == 3,
+        detectors=() if flags["no_decoys"] else DETECTORS,
         log=lambda line: click.echo(line, err=True),
     )
 
@@ -101,15 +102,15 @@ def _numbers(text: str, kind: Any) -> list[Any]:
 
 def _startup(folder: Path, paper: Any, plain: Any) -> float:
     """Time both starts on copies in a private temporary folder."""
-    from edgepriv.keys import load_identity
-    from edgepriv.selective_encryption import bundle_files, startup
+    from edgepriv.keys import Identity
+    from edgepriv.selective_encryption import bundle_files, manifest, startup
     from edgepriv.selective_encryption.protection import Bundle
 
     key = bundle_files.read_secrets(folder)["key"]
     stored = bundle_files.read_stored(folder, paper)
     files = {name: bytes(content) for name, content in stored.items()}
-    bundle = Bundle(files, (folder / bundle_files.MANIFEST).read_bytes(), key, paper)
-    issuer = load_identity(folder / "owner" / "issuer.key")
+    issuer = Identity.new("owner", "timer")  # signs copies that only the timed processes read
+    bundle = Bundle(files, manifest.encode_manifest(paper, issuer), key, paper)
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
         startup.prepare(place, bundle, issuer, dict(zip(plain.names, map(bytes, plain.files), strict=True)))
@@ -119,8 +120,10 @@ def _startup(folder: Path, paper: Any, plain: Any) -> float:
 def text(result: dict[str, Any]) -> str:
     """The document for people."""
     lines = [
-        (f"share {result['share']:.2%}: plain {result['plain_accuracy']:.3f}, masked "
-        f"{result['masked_accuracy']:.3f}, chance {result['chance']:.3f}"),
+        (
+            f"share {result['share']:.2%}: plain {result['plain_accuracy']:.3f}, masked "
+            f"{result['masked_accuracy']:.3f}, chance {result['chance']:.3f}"
+        ),
         f"{'attacker':34}{'labels':>7}{'accuracy':>10}{'scratch':>9}{'all conv':>10}{'gain':>8}",
     ]
     lines += [

@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any
 import cbor2
 import numpy as np
 
-from edgepriv.errors import DataError, EdgeprivError, MissingFileError, RefusedError, TrustError, WireError
+from edgepriv.device.verdicts import GOOD_VERDICT, read_verdict
+from edgepriv.errors import DataError, EdgeprivError, MissingFileError, RefusedError, TrustError
 from edgepriv.selective_encryption import bundle_files, manifest
 from edgepriv.selective_encryption.restore import open_level
-from edgepriv.wire import cbor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 SCHEMA = "edgepriv.delivery/1"
 DELIVERY, GOLDEN, VERDICT, PERMISSION = "delivery.cbor", "golden.cbor", "verdict.cbor", "permission"
-VERDICT_USE, GOOD_VERDICT = "verdict", "low leakage"
 MAX_DELIVERY_BYTES = 8 << 30
 MAX_REASONS = 32
 MAX_ATTEMPTS = 2
@@ -135,9 +134,15 @@ class ModelStore:
             self._write(replace(self.state, floor_s=seconds))
 
     def _refuse(self, name: str, reason: str) -> None:
-        refused = dict(list({**self.state.refused, name: reason}.items())[-MAX_REASONS:])
+        """Remember why this delivery under this permission was refused; a new permission may be tried."""
+        refused = self._with_reason(name, reason)
         self._write(replace(self.state, refused=refused, trial="", attempts=0))
         self._log(f"model {name[:12]} refused: {reason}")
+
+    def _with_reason(self, name: str, reason: str) -> dict[str, str]:
+        path = self._place(name) / PERMISSION
+        attempt = _attempt(name, path.read_bytes() if path.is_file() else None)
+        return dict(list({**self.state.refused, attempt: reason}.items())[-MAX_REASONS:])
 
     # --- one delivery, step by step --------------------------------------------------------------------------
 
@@ -149,8 +154,9 @@ class ModelStore:
             DataError: not a delivery, or the disk has no room for it.
         """
         name = _file_digest(delivery)
-        if name in self.state.refused:
-            raise RefusedError(f"this delivery was refused before: {self.state.refused[name]}")
+        attempt = _attempt(name, permission)
+        if attempt in self.state.refused:
+            raise RefusedError(f"this delivery was refused before: {self.state.refused[attempt]}")
         place = self._place(name)
         if not place.is_dir():
             size = delivery.stat().st_size
@@ -239,7 +245,7 @@ class ModelStore:
             RefusedError: nothing is left that may run.
         """
         bad, good = self.state.current, self.state.last_good
-        refused = dict(list({**self.state.refused, bad: reason}.items())[-MAX_REASONS:])
+        refused = self._with_reason(bad, reason)
         allowed = bool(good) and self._allowed(good)
         self._write(replace(self.state, current=good if allowed else "", trial="", attempts=0, refused=refused))
         self._log(f"model {bad[:12]} rolled back: {reason}")
@@ -378,32 +384,6 @@ class ModelStore:
                 shutil.rmtree(place, ignore_errors=True)
 
 
-def read_verdict(raw: bytes, risk_keys: Collection[bytes]) -> dict[str, Any]:
-    """Verify a verdict: CBOR ``[body, signature]``, Ed25519 by a risk key for the use ``verdict``.
-
-    Raises:
-        TrustError: not signed by a risk service that is trusted, or malformed.
-    """
-    from edgepriv import primitives
-    from edgepriv.errors import AuthenticationError
-
-    try:
-        body, signature = cbor.decode(raw, max_bytes=1 << 16)
-        fields = cbor.decode_map(body, max_bytes=1 << 16)
-    except (WireError, ValueError, TypeError) as error:
-        raise TrustError("the verdict is malformed") from error
-    wanted = {"model": bytes, "verdict": str, "issued": int, "expires": int}
-    if any(type(fields.get(key)) is not kind for key, kind in wanted.items()):
-        raise TrustError("the verdict is malformed")
-    for key in risk_keys:
-        try:
-            primitives.verify(key, VERDICT_USE, body, signature)
-        except AuthenticationError:
-            continue
-        return dict(fields)
-    raise TrustError("the verdict is not signed by a risk service that is trusted")
-
-
 def pack(
     files: Mapping[str, bytes],
     golden: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]],
@@ -446,6 +426,11 @@ def _unpack(raw: bytes, folder: Path) -> None:
     folder.mkdir(mode=0o700)
     for name, content in files.items():
         _write_durably(folder / name, content)
+
+
+def _attempt(name: str, permission: bytes | None) -> str:
+    """What a refusal is filed under: the delivery, and which permission it came with."""
+    return name if permission is None else f"{name}:{hashlib.sha256(permission).hexdigest()[:16]}"
 
 
 def _bare(name: Any) -> bool:

@@ -13,18 +13,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgepriv.errors import DataError, KeyFileError, MissingFileError
-from edgepriv.selective_encryption import manifest, onnx_bytes
+from edgepriv.keys import load_public
+from edgepriv.selective_encryption import manifest
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
     from pathlib import Path
 
+    from edgepriv.keys import PublicIdentity
+
 MANIFEST = "manifest.cbor"
 OWNER = "owner"
 SECRETS = "secrets.json"
+ISSUER = "signed-by.pub"
 
 
-def write_bundle(folder: Path, files: Mapping[str, bytes], signed: bytes, secrets: Mapping[str, bytes]) -> None:
+def write_bundle(
+    folder: Path, files: Mapping[str, bytes], signed: bytes, secrets: Mapping[str, bytes], issuer: PublicIdentity
+) -> None:
     """Write a bundle; the manifest comes last, so that a folder with one is whole.
 
     Raises:
@@ -40,6 +46,7 @@ def write_bundle(folder: Path, files: Mapping[str, bytes], signed: bytes, secret
         raise KeyFileError(f"{folder} holds a protected model already", hint="choose another --out") from error
     with os.fdopen(fd, "w") as file:
         file.write(text)
+    (owner / ISSUER).write_text(issuer.to_text())
     for name, content in files.items():
         (folder / name).write_bytes(content)
     (folder / MANIFEST).write_bytes(signed)
@@ -63,6 +70,11 @@ def read_secrets(folder: Path) -> dict[str, bytes]:
         raise KeyFileError(f"{path} is malformed") from None
 
 
+def read_issuer(folder: Path) -> bytes:
+    """Ed25519 key of the issuer that signed the owner's copy."""
+    return load_public(folder / OWNER / ISSUER).ed25519
+
+
 def read_manifest(folder: Path, issuers: Collection[bytes]) -> tuple[manifest.Manifest, bytes]:
     """Read and verify a bundle's manifest; returns it with its signed bytes."""
     path = folder / MANIFEST
@@ -73,38 +85,23 @@ def read_manifest(folder: Path, issuers: Collection[bytes]) -> tuple[manifest.Ma
 
 
 def read_stored(folder: Path, paper: manifest.Manifest, *, level: int | None = None) -> dict[str, Any]:
-    """Map the bundle's files for restoring; carriers in clear are copy-on-write maps, so nothing can reach the disk.
+    """Read the bundle's files into memory for restoring; nothing is ever written back.
 
     Raises:
         MissingFileError: a file is not there.
         DataError: a file has not its signed size.
     """
     stored: dict[str, Any] = {}
-    for index, entry in enumerate(paper.files):
+    for entry in paper.files:
         path = folder / paper.stored_name(entry)
         if not path.is_file():
             raise MissingFileError(f"the bundle lacks {path.name}", hint="fetch the model again")
         if not paper.sealed and path.stat().st_size != entry.size:
             raise DataError(f"{path.name} has {path.stat().st_size} bytes, the manifest says {entry.size}")
-        if paper.sealed or index == 0:
-            stored[path.name] = np.fromfile(path, np.uint8)
-        else:
-            stored[path.name] = np.asarray(np.memmap(path, np.uint8, mode="c"))
+        stored[path.name] = np.fromfile(path, np.uint8)  # huge pages: cheaper than copy-on-write page by page
     for item in paper.levels[:level]:
         path = folder / item.segment.name
         if not path.is_file():
             raise MissingFileError(f"the bundle lacks {path.name}", hint="fetch the model again")
         stored[path.name] = path.read_bytes()
     return stored
-
-
-def check_plain_model(folder: Path, name: str) -> None:
-    """Refuse to take a carrier for a plain model: a manifest beside it means that it holds decoys.
-
-    Raises:
-        DataError: the file belongs to a protected model.
-    """
-    path = folder / name
-    if (folder / MANIFEST).is_file() and path.is_file():
-        onnx_bytes.parse(path.read_bytes())
-        raise DataError(f"{path} is the carrier of a protected model", hint="give the device a permission for it")

@@ -4,9 +4,9 @@ Order: the manifest's and the permission's signatures, the permission's fields, 
 segment, the patch, and at last the digest of the very bytes that the session will get against the signed one. Any
 failure raises before a model is returned, so no session can start on decoys by mistake.
 
-Rules: true weights never touch the disk: files are patched in memory (a `numpy.memmap` must be opened with mode
-``"c"``, copy on write). `SessionOptions.add_initializer` is never used, because ONNX Runtime may fold the file's own
-bytes first and silently run the masked model. Root on the device can read the weights from memory.
+Rules: true weights never touch the disk: files are patched in memory. `SessionOptions.add_initializer` is never
+used, because ONNX Runtime may fold the file's own bytes first and silently run the masked model. Root on the device
+can read the weights from memory.
 """
 
 from __future__ import annotations

@@ -20,6 +20,8 @@ from edgepriv.selective_encryption import bundle_files, calibrate, levels, manif
 from edgepriv.selective_encryption.restore import open_level
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from edgepriv.selective_encryption.protection import Bundle
 
 RUNS = 9
@@ -47,21 +49,27 @@ def prepare(folder: Path, bundle: Bundle, issuer: Identity, plain: dict[str, byt
     (folder / "issuer").write_bytes(issuer.public.ed25519)
 
 
-def median_cpu_s(kind: str, folder: Path, *, runs: int = RUNS) -> float:
-    """Median CPU seconds of one kind of start, ``plain`` or ``protected``."""
-    times = []
+def median_cpu_s(starts: Sequence[tuple[str, Path]], *, runs: int = RUNS) -> list[float]:
+    """Median CPU seconds of several starts (``plain`` or ``protected``, folder), taken in turns on a busy host."""
+    times: list[list[float]] = [[] for _ in starts]
     for _ in range(runs):
-        command = [sys.executable, "-m", __name__, kind, str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise DataError(f"the start-up measurement failed: {done.stderr.strip()[-300:]}")
-        times.append(float(done.stdout))
-    return statistics.median(times)
+        for kept, (kind, folder) in zip(times, starts, strict=True):
+            kept.append(_cpu_s(kind, folder))
+    return [statistics.median(kept) for kept in times]
+
+
+def _cpu_s(kind: str, folder: Path) -> float:
+    command = [sys.executable, "-m", __name__, kind, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise DataError(f"the start-up measurement failed: {done.stderr.strip()[-300:]}")
+    return float(done.stdout)
 
 
 def ratio(folder: Path, *, runs: int = RUNS) -> float:
     """CPU time of a protected start over that of a plain one, in one run of this function."""
-    return median_cpu_s("protected", folder, runs=runs) / median_cpu_s("plain", folder, runs=runs)
+    plain, protected = median_cpu_s([("plain", folder), ("protected", folder)], runs=runs)
+    return protected / plain
 
 
 def start_plain(folder: Path) -> float:

@@ -1,0 +1,38 @@
+"""The risk service's verdict on exactly these bytes, as a device checks it (the gateway is not trusted with this)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from edgepriv import primitives
+from edgepriv.errors import AuthenticationError, TrustError, WireError
+from edgepriv.wire import cbor
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+VERDICT_USE = "verdict"
+GOOD_VERDICT = "low leakage"
+
+
+def read_verdict(raw: bytes, risk_keys: Collection[bytes]) -> dict[str, Any]:
+    """Verify a verdict: CBOR ``[body, signature]``, Ed25519 by a risk key for the use ``verdict``.
+
+    Raises:
+        TrustError: not signed by a risk service that is trusted, or malformed.
+    """
+    try:
+        body, signature = cbor.decode(raw, max_bytes=1 << 16)
+        fields = cbor.decode_map(body, max_bytes=1 << 16)
+    except (WireError, ValueError, TypeError) as error:
+        raise TrustError("the verdict is malformed") from error
+    wanted = {"model": bytes, "verdict": str, "issued": int, "expires": int}
+    if any(type(fields.get(key)) is not kind for key, kind in wanted.items()):
+        raise TrustError("the verdict is malformed")
+    for key in risk_keys:
+        try:
+            primitives.verify(key, VERDICT_USE, body, signature)
+        except AuthenticationError:
+            continue
+        return dict(fields)
+    raise TrustError("the verdict is not signed by a risk service that is trusted")

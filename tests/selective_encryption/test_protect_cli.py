@@ -1,0 +1,205 @@
+"""The commands from end to end: protect, audit, grant, restore, publish, pull; and a clear error for each bad input."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+from torch.nn import functional
+
+from edgepriv import datasets
+from edgepriv.cli import root
+from edgepriv.errors import DataError, EdgeprivError, MissingFileError, RefusedError, TrustError
+from edgepriv.keys import Identity
+from edgepriv.selective_encryption.select import architectures
+from edgepriv.wire.trust import TrustList, sign_trust
+
+
+def command(*words, code=0):
+    """Run a command; returns its parsed JSON, or its text."""
+    result = CliRunner().invoke(root, [str(word) for word in words])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return json.loads(result.stdout) if "--json" in words else result.stdout
+
+
+@pytest.fixture(scope="module")
+def digits_model(tmp_path_factory):
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    data = datasets.load("digits", split="train")
+    x = torch.from_numpy((data.images.astype(np.float32) / 255).transpose(0, 3, 1, 2).copy())
+    y = torch.from_numpy(data.labels)
+    parts, inputs = [], 1
+    for width in (16, 24, 32, 48):
+        parts += [nn.Conv2d(inputs, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+        inputs = width
+    network = nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 10))
+    optimizer = torch.optim.Adam(network.parameters(), lr=5e-3)
+    for _ in range(8):
+        for pick in torch.randperm(len(x)).split(64):
+            optimizer.zero_grad()
+            functional.cross_entropy(network(x[pick]), y[pick]).backward()
+            optimizer.step()
+    import onnx
+
+    path = tmp_path_factory.mktemp("model") / "digits.onnx"
+    onnx.save(architectures.to_onnx(network, (1, 8, 8)), str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """Keys and a trust list of an owner, a device and a stranger."""
+    folder = tmp_path_factory.mktemp("site")
+    owner, device, other = (
+        Identity.new("owner", "root"),
+        Identity.new("device", "cam1"),
+        Identity.new("device", "cam2"),
+    )
+    owner.save(folder / "owner.key")
+    device.save(folder / "cam1.key")
+    other.save(folder / "cam2.key")
+    now = int(time.time())
+    listed = TrustList(1, now - 5, now + 100_000, (device.public, other.public))
+    (folder / "trust.cbor").write_bytes(sign_trust(listed, owner))
+    (folder / "device.toml").write_text(
+        f"""
+[device]
+key = "{folder / "cam1.key"}"
+trust = "{folder / "trust.cbor"}"
+owner = "{folder / "owner.key.pub"}"
+gateway = "gateway-x"
+state = "{folder / "state"}"
+[broker]
+url = "mqtt://localhost"
+[model]
+path = "{folder / "none.onnx"}"
+[source]
+kind = "directory"
+"""
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def protected(digits_model, site, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "p"
+    report = command(
+        *("protect", digits_model, "--data", "digits", "--share", "0.15", "--levels", "0.5,full", "--out", out),
+        *("--issuer", site / "owner.key", "--check", "none", "--json"),
+    )
+    return out, report
+
+
+def permit(protected, site, level=2, expires="2099-01-01", device="cam1.key.pub"):
+    out, _ = protected
+    path = site / f"permission-{level}"
+    command(
+        *("grant", "--model", out, "--level", level, "--device", site / device, "--expires", expires),
+        *("--out", path, "--issuer", site / "owner.key"),
+    )
+    return path
+
+
+def restore(protected, site, permission, *more, key="cam1.key"):
+    return command(
+        *("restore", "--model", protected[0], "--permission", permission, "--key", site / key),
+        *("--issuer", site / "owner.key.pub", *more),
+    )
+
+
+def test_protect_reports_shares_levels_and_what_was_used(protected):
+    _, report = protected
+    assert report["schema"] == "edgepriv.protect/1"
+    assert report["selection"] == "fisher"
+    assert report["share"] <= 0.15
+    assert report["masked"] <= report["chance"] + 0.02
+    assert abs(report["levels"][0]["quality"] - 0.5) <= 0.02
+    assert report["levels"][1]["quality"] == report["plain"] > 0.9
+
+
+def test_grant_and_restore_open_what_was_granted(protected, site):
+    report = restore(protected, site, permit(protected, site), "--json")
+    assert (report["level"], report["levels"]) == (2, 2)
+    low = restore(protected, site, permit(protected, site, level=1), "--json")
+    assert low["level"] == 1
+    assert low["sha256"] != report["sha256"]
+
+
+def test_each_wrong_permission_has_its_own_words(protected, site):
+    good = permit(protected, site)
+    with pytest.raises(TrustError, match="another device"):
+        restore(protected, site, good, key="cam2.key")
+    with pytest.raises(TrustError, match="levels 1 to 2"):
+        restore(protected, site, good, "--level", "3")
+    with pytest.raises(TrustError, match="levels 1 to 2, not 9"):
+        permit(protected, site, level=9)
+    with pytest.raises(TrustError, match="already have expired"):
+        permit(protected, site, expires="2001-01-01")
+    with pytest.raises(MissingFileError, match="no such permission"):
+        restore(protected, site, site / "nothing")
+
+
+def test_restoring_writes_no_weight_unless_asked_by_name(protected, site, tmp_path):
+    permission = permit(protected, site)
+    before = {path: path.stat().st_mtime_ns for path in protected[0].rglob("*")}
+    restore(protected, site, permission)
+    assert before == {path: path.stat().st_mtime_ns for path in protected[0].rglob("*")}
+    restore(protected, site, permission, "--export-unprotected", tmp_path / "clear")
+    assert (tmp_path / "clear" / "carrier.onnx").is_file()
+
+
+def test_protect_audit_prints_the_document(protected, digits_model):
+    report = command(
+        *("protect", "audit", protected[0], "--data", "digits", "--original", digits_model, "--limit", "60"),
+        *("--labels", "20", "--shares", "", "--seeds", "1", "--no-startup", "--no-decoys", "--json"),
+    )
+    assert report["schema"] == "edgepriv.protect-audit/1"
+    wanted = {"share", "masked_accuracy", "plain_accuracy", "chance", "attackers", "worst_gain", "decoys", "levels"}
+    assert wanted <= set(report)
+    names = {(run["name"], run["data"]) for run in report["attackers"]}
+    assert ("BatchNorm re-calibration", 0) in names
+    assert ("fine-tuning", 20) in names
+    for run in report["attackers"]:
+        assert run["gain"] == pytest.approx(run["accuracy"] - max(run["scratch"], run["all_conv"]))
+
+
+def test_protect_refuses_when_an_attacker_gains_too_much(digits_model, tmp_path):
+    with pytest.raises(RefusedError, match="gains too much"):
+        command(
+            *("protect", digits_model, "--data", "digits", "--share", "0.01", "--max-share", "0.01"),
+            *("--select", "random", "--out", tmp_path / "p"),
+        )
+    assert not (tmp_path / "p" / "manifest.cbor").exists()
+
+
+def test_bad_models_are_clear_errors(tmp_path):
+    (tmp_path / "x.onnx").write_bytes(b"not a model")
+    with pytest.raises(DataError, match="not an ONNX model"):
+        command("protect", tmp_path / "x.onnx", "--out", tmp_path / "p")
+    with pytest.raises(MissingFileError, match="no such model"):
+        command("protect", tmp_path / "y.onnx", "--out", tmp_path / "p")
+    with pytest.raises(EdgeprivError, match="give a model file"):
+        command("protect", "--out", tmp_path / "p")
+
+
+def test_a_model_is_published_pulled_tested_switched_and_reported(protected, site, tmp_path):
+    out, _ = protected
+    command(
+        *("model", "publish", out, "--repository", tmp_path / "repo", "--owner", site / "owner.key"),
+        *("--data", "digits", "--golden", "24", "--min-accuracy", "0.8"),
+    )
+    config = ("--config", site / "device.toml")
+    pull = ("model", "pull", *config, "--repository", tmp_path / "repo", "--name", "digits")
+    with pytest.raises(EdgeprivError, match="no permission"):
+        command(*pull)
+    assert "no permission" in command("model", "status", *config)
+    report = command(*pull, "--permission", permit(protected, site), "--confirm", "--json")
+    assert report["accuracy"] >= 0.8
+    assert not report["trial"]
+    assert command("model", "status", *config, "--json")["version"] == 1
