@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgepriv.wire.trust import TrustList
-    from gateway.round_events import Action, Event, RoundRecord
+    from gateway.round_events import Action, Event
     from gateway.round_plan import RoundPlan
+    from gateway.round_record import RoundRecord
 
 
 class RoundStore(Protocol):

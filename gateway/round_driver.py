@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from edgepriv.wire.messages import Offer, RoundMessage
     from gateway.conductor import Outgoing
     from gateway.roster import Roster
-    from gateway.round_events import RoundRecord
+    from gateway.round_record import RoundRecord
     from gateway.store import Store
     from gateway.transfers import Transfer, Transfers
 

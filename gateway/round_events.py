@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from edgepriv.wire.rounds import RoundResult
-
 if TYPE_CHECKING:
     from edgepriv.wire.rounds import Reveal
+    from gateway.round_record import RoundRecord
 
 # --- events -----------------------------------------------------------------------------------------------
 
@@ -157,56 +155,3 @@ class Close:
 
 
 Action = Send | GrantUpload | Reject | Fold | Accept | RemoveMasks | Finish | Close
-
-
-@dataclass(frozen=True, slots=True)
-class RoundRecord:
-    """How a round ended, for ever: who took part, what was rejected and why, digests before and after, what it cost."""
-
-    round: int
-    cohort: str
-    model: str
-    privacy: str
-    rule: str
-    outcome: str
-    reason: str
-    started: float
-    ended: float
-    invited: int
-    population: int
-    participants: tuple[str, ...]
-    rejected: tuple[tuple[str, str], ...]
-    before: bytes
-    after: bytes
-    after_bytes: int
-    noise: str
-    noise_multiplier: float
-    participation: str
-    epsilon: float
-    delta: float
-
-    def result(self) -> RoundResult:
-        """What devices are told."""
-        return RoundResult(
-            self.outcome,
-            self.reason[:400],
-            self.after,
-            self.after_bytes,
-            len(self.participants),
-            self.privacy,
-            self.epsilon,
-            self.delta,
-        )
-
-    def to_row(self) -> list[Any]:
-        """Plain values, in the order of the fields."""
-        values = [getattr(self, f.name) for f in dataclasses.fields(self)]
-        return [[list(v) if isinstance(v, tuple) else v for v in x] if isinstance(x, tuple) else x for x in values]
-
-    @classmethod
-    def from_row(cls, row: list[Any]) -> RoundRecord:
-        """Restore what `to_row` gave."""
-        values = dict(zip((f.name for f in dataclasses.fields(cls)), row, strict=True))
-        values["participants"] = tuple(values["participants"])
-        values["rejected"] = tuple(tuple(pair) for pair in values["rejected"])
-        return cls(**values)

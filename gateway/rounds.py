@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgepriv.wire import cbor
@@ -45,6 +44,7 @@ from edgepriv.wire.rounds import (
     Survivors,
     Unmask,
 )
+from gateway.round_device import SETTLED, Device, plain
 from gateway.round_events import (
     Accept,
     Action,
@@ -60,37 +60,18 @@ from gateway.round_events import (
     Progressed,
     Reject,
     RemoveMasks,
-    RoundRecord,
     Send,
     Stepped,
     UnmaskFailed,
     UploadComplete,
 )
 from gateway.round_plan import RoundPlan, announcement
+from gateway.round_record import RoundRecord, closing_record
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 ENDED = {"done", "aborted"}
-
-
-@dataclass
-class _Device:
-    """Where a device stands: ``invited joined declined shared offered open complete folded rejected``."""
-
-    state: str = "invited"
-    reason: str = ""
-    advert: bytes = b""
-    boxes: tuple[bytes, ...] = ()
-    signature: bytes = b""
-    digest: bytes = b""
-    size: int = 0
-    examples: int = 0
-    stale: int = 0
-    at: float = 0.0
-
-
-SETTLED = {"declined", "folded", "rejected"}
 
 
 class Round:
@@ -100,7 +81,7 @@ class Round:
         self.plan = plan
         self.state = "joining" if plan.privacy == MASKED else "collecting"
         self.started, self.state_since, self.resent = now, now, now
-        self.devices: dict[str, _Device] = {name: _Device() for name in sorted(set(invited))}
+        self.devices: dict[str, Device] = {name: Device() for name in sorted(set(invited))}
         self.queue: list[str] = []
         self.cohort: list[str] = []  # members in order of position, once formed
         self.sharers: list[int] = []
@@ -115,10 +96,10 @@ class Round:
     def to_bytes(self) -> bytes:
         """Everything, as canonical CBOR."""
         body: dict[str, Any] = {
-            "plan": {f.name: _plain(getattr(self.plan, f.name)) for f in dataclasses.fields(RoundPlan)},
+            "plan": {f.name: plain(getattr(self.plan, f.name)) for f in dataclasses.fields(RoundPlan)},
             "state": self.state,
             "times": [self.started, self.state_since],
-            "devices": {n: [_plain(getattr(d, f.name)) for f in _FIELDS] for n, d in self.devices.items()},
+            "devices": {n: d.to_row() for n, d in self.devices.items()},
             "queue": self.queue,
             "cohort": self.cohort,
             "sharers": self.sharers,
@@ -135,10 +116,7 @@ class Round:
         plan = RoundPlan(**{**body["plan"], "tensors": tuple(body["plan"]["tensors"])})
         self = cls(plan, body["devices"], body["times"][0])
         self.state, self.state_since = body["state"], body["times"][1]
-        for name, row in body["devices"].items():
-            device = _Device(**{f.name: value for f, value in zip(_FIELDS, row, strict=True)})
-            device.boxes = tuple(device.boxes)
-            self.devices[name] = device
+        self.devices.update({name: Device.from_row(row) for name, row in body["devices"].items()})
         self.queue, self.cohort = body["queue"], body["cohort"]
         self.sharers, self.survivors = body["sharers"], body["survivors"]
         self.reveals = {p: Reveal(tuple(m), tuple(s)) for p, m, s in body["reveals"]}
@@ -234,7 +212,7 @@ class Round:
                 self.reveals[position] = body
         return []
 
-    def _join(self, device: _Device, body: Join) -> None:
+    def _join(self, device: Device, body: Join) -> None:
         if not body.accept:
             if device.state not in {"folded", "complete"}:
                 device.state, device.reason = "declined", body.reason or "declined"
@@ -251,7 +229,7 @@ class Round:
         key = offer.device if not offer.stale else f"{offer.device}~{offer.stale}"
         if reason := self._offer_objection(offer, key):
             return [Reject(offer.device, offer.digest, reason)]
-        device = self.devices.setdefault(key, _Device("joined"))
+        device = self.devices.setdefault(key, Device("joined"))
         if device.digest and device.digest != offer.digest:
             return [Reject(offer.device, offer.digest, "one upload for each device and round")]
         if device.state == "folded":
@@ -462,30 +440,11 @@ class Round:
 
     def _end(self, outcome: str, reason: str, now: float, finished: Finished | None = None) -> list[Action]:
         self.state = outcome
-        plan, done = self.plan, finished or Finished()
         taken = tuple(sorted(n for n, d in self.devices.items() if d.state == "folded")) if outcome == "done" else ()
-        self.record = RoundRecord(
-            round=plan.round,
-            cohort=plan.cohort,
-            model=plan.model,
-            privacy=plan.privacy,
-            rule=plan.rule,
-            outcome=outcome,
-            reason=reason,
-            started=self.started,
-            ended=now,
-            invited=sum(1 for n in self.devices if "~" not in n),
-            population=plan.population,
-            participants=taken,
-            rejected=tuple((n, d.reason or "no update in time") for n, d in self.devices.items() if n not in taken),
-            before=plan.base,
-            after=done.model,
-            after_bytes=done.model_bytes,
-            noise=plan.noise,
-            noise_multiplier=plan.noise_multiplier,
-            participation=plan.participation,
-            epsilon=done.epsilon,
-            delta=plan.delta if plan.noise != "none" else 0.0,
+        rejected = tuple((n, d.reason or "no update in time") for n, d in self.devices.items() if n not in taken)
+        invited = sum(1 for n in self.devices if "~" not in n)
+        self.record = closing_record(
+            self.plan, outcome, reason, (self.started, now), invited, taken, rejected, finished or Finished()
         )
         return [*self._results(), Close(self.record)]
 
@@ -523,13 +482,6 @@ class Round:
     def _shares_for(self, position: int) -> SharesDown:
         boxes = tuple(self.devices[self.cohort[i]].boxes[position] for i in self.sharers)
         return SharesDown(tuple(self.sharers), boxes)
-
-
-_FIELDS = dataclasses.fields(_Device)
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
 
 
 def _name(key: str) -> str:
