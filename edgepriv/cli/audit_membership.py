@@ -145,13 +145,12 @@ def _shadow_arrays(records: Records, options: dict[str, Any]) -> dict[str, NDArr
 
 def _trained_shadows(records: Records, options: dict[str, Any]) -> dict[str, NDArray[Any]]:
     import numpy as np
-    import torch
 
     from edgepriv.risk.membership import scores, shadows
-    from edgepriv.risk.membership.classifier import Recipe
+    from edgepriv.risk.membership.classifier import Recipe, use_threads
 
     _check_shadows(options["shadows"], options)
-    torch.set_num_threads(options["threads"])
+    use_threads(options["threads"])
     rng = np.random.default_rng(options["seed"])
     masks = scores.draw_masks(options["shadows"], len(records.members), rng, rate=float(records.members.mean()))
     made = shadows.run_shadows(

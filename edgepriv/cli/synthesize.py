@@ -63,17 +63,16 @@ def synthesize(
     The images and labels go to OUT/release.npz, which every --data of edgepriv reads; OUT/card.json and card.html say
     what is proved, what was measured and whether it should be released at all. A run that was cut resumes its VAE.
     """
-    import torch
-
     from edgepriv import datasets
     from edgepriv.cli import synthesis_study
     from edgepriv.errors import ConfigError
+    from edgepriv.synthesis.training import use_threads
 
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out} is not empty", hint="a release is never overwritten: name a new directory")
     if options["max_auc"] is not None and options["no_audit"]:
         raise ConfigError("--max-auc needs the audit", hint="drop --no-audit")
-    torch.set_num_threads(options["threads"])
+    use_threads(options["threads"])
     private = datasets.load(data, split="all", limit=limit)
     public, test = (datasets.load(d, split="all", limit=limit) if d else None for d in (public_data, test_data))
     settings = _settings(options, private.images.shape[1:])

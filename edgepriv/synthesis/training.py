@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     Progress = Callable[[int, int], None]
 
-__all__ = ["DpSgd", "load_vae", "noise_multiplier_for", "save_vae", "to_tensor", "train_vae"]
+__all__ = ["DpSgd", "load_vae", "noise_multiplier_for", "save_vae", "to_tensor", "train_vae", "use_threads"]
 
 FORMAT = "edgepriv.vae/1"
 
@@ -41,6 +41,11 @@ class DpSgd:
     epsilon: float
     delta: float = 1e-5
     max_grad_norm: float = 1.0
+
+
+def use_threads(count: int) -> None:
+    """Set how many CPU threads torch uses in this process."""
+    torch.set_num_threads(count)
 
 
 def to_tensor(images: NDArray[np.uint8], device: str = "cpu") -> torch.Tensor:

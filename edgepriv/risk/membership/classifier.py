@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Recipe", "accuracy", "logits", "train_classifier"]
+__all__ = ["Recipe", "accuracy", "logits", "train_classifier", "use_threads"]
 
 CHUNK = 2048
 
@@ -36,6 +36,11 @@ class Recipe:
     batch_size: int = 64
     noise_multiplier: float = 0.0
     max_grad_norm: float = 1.0
+
+
+def use_threads(count: int) -> None:
+    """Set how many CPU threads torch uses in this process."""
+    torch.set_num_threads(count)
 
 
 def train_classifier(
