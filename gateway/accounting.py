@@ -24,8 +24,8 @@ def spent_epsilon(rounds: Iterable[Mapping[str, Any]], delta: float) -> float:
     """Epsilon at ``delta`` after these rounds.
 
     Args:
-        rounds: maps with ``noise``, ``noise_multiplier``, ``participation``, ``invited`` and ``population`` (fields
-            of `RoundRecord`); rounds without noise are not counted (they promise nothing).
+        rounds: maps with ``noise``, ``noise_multiplier``, ``participation``, ``sample_share``, ``invited`` and
+            ``population`` (fields of `RoundRecord`); rounds without noise are not counted (they promise nothing).
         delta: above 0.
 
     Raises:
@@ -52,11 +52,11 @@ def spent_epsilon(rounds: Iterable[Mapping[str, Any]], delta: float) -> float:
 def _event(accounting: Any, item: Mapping[str, Any], *, replace: bool) -> Any:
     multiplier = item["noise_multiplier"] / (2 if replace else 1)
     gaussian = accounting.GaussianDpEvent(multiplier)
-    population, sample = item["population"], item["invited"]
-    if item["noise"] != "central" or not 0 < sample < population:
+    population, sample, share = item["population"], item["invited"], item["sample_share"]
+    if item["noise"] != "central":
         return gaussian
-    if item["participation"] == "poisson" and not replace:
-        return accounting.PoissonSampledDpEvent(sample / population, gaussian)
-    if item["participation"] == "fixed":
+    if item["participation"] == "poisson" and not replace and share < 1:
+        return accounting.PoissonSampledDpEvent(share, gaussian)  # the coin's probability, not how it fell
+    if item["participation"] == "fixed" and 0 < sample < population:
         return accounting.SampledWithoutReplacementDpEvent(population, sample, gaussian)
     return gaussian

@@ -248,6 +248,7 @@ class Conductor:
             "noise": plan.noise,
             "noise_multiplier": plan.noise_multiplier,
             "participation": plan.participation,
+            "sample_share": plan.sample_share,
             "invited": sum(1 for name in current.devices if "~" not in name),
             "population": plan.population,
         }

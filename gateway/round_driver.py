@@ -18,6 +18,7 @@ from edgepriv.wire import cbor
 from edgepriv.wire.update import decode_update
 from gateway.conductor import Conductor, DropUpload, OpenUpload, Tell
 from gateway.round_plan import RoundPlan
+from gateway.sampling import choose_devices
 from gateway.store import unpack
 
 if TYPE_CHECKING:
@@ -220,6 +221,8 @@ class RoundDriver:
         if not devices:
             raise RefusedError("no device has been heard lately", hint="edgepriv-gateway status")
         plan = self._plan(settings, head, len(devices))
+        if not changes.get("devices"):
+            devices = choose_devices(devices, plan.participation, plan.sample_share)
         with self._store.batch():
             self._carry_out(self.conductor.open_round(plan, devices, now))
         return plan.round

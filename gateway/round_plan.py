@@ -18,6 +18,7 @@ class RoundPlan:
     """What the operator wants of a round; times are durations in seconds.
 
     ``base``/``base_bytes``: digest and length of the global weights. ``tensors``: rows ``[name, [dimensions]]``.
+    ``participation``/``sample_share``: how `gateway.sampling` chose the invited from ``population`` devices.
     ``max_epsilon``: no start past this at ``delta`` (0: no budget). ``statistics``: BatchNorm's running statistics stay
     at ``home`` (then no tensor of the round may be one) or are ``shared`` (then clip and noise cover them too).
     ``reference``: digest of the trusted update of the rule fltrust, stored beside the models.
@@ -53,6 +54,7 @@ class RoundPlan:
     delta: float = 1e-5
     participation: str = "all"
     population: int = 0
+    sample_share: float = 1.0
     max_epsilon: float = 0.0
     statistics: str = "home"
     late: str = "drop"

@@ -36,6 +36,7 @@ class RoundRecord:
     noise: str
     noise_multiplier: float
     participation: str
+    sample_share: float
     epsilon: float
     delta: float
 
@@ -97,6 +98,7 @@ def closing_record(
         noise=plan.noise,
         noise_multiplier=plan.noise_multiplier,
         participation=plan.participation,
+        sample_share=plan.sample_share,
         epsilon=finished.epsilon,
         delta=plan.delta if plan.noise != "none" else 0.0,
     )

@@ -19,7 +19,8 @@ ZERO = {"w": np.zeros(3000, np.float32)}
 
 
 def _rounds(count, **kwargs):
-    base = {"noise": "distributed", "noise_multiplier": 1.0, "participation": "all", "invited": 10, "population": 100}
+    base = {"noise": "distributed", "noise_multiplier": 1.0, "participation": "all", "invited": 10}
+    base |= {"population": 100, "sample_share": 0.1}
     return [{**base, **kwargs}] * count
 
 
