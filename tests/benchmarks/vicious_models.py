@@ -11,10 +11,9 @@ import sys
 import time
 import zlib
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from edgepriv.datasets import load
 from edgepriv.risk.reconstruction.adaptive import detector_loss
@@ -26,6 +25,11 @@ from edgepriv.risk.reconstruction.leakage import AuditSettings, Bench, Probe, sh
 from edgepriv.risk.reconstruction.networks import classifier
 from edgepriv.risk.reconstruction.references import named, train_references
 from edgepriv.risk.reconstruction.vicious import Recipe, TrainingSet, train
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
 
 SIDE = 14
 DETECTOR = DetectorSettings(trained=DecoderSettings(form="mlp", epochs=15))
