@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from main_job import ROOT, Job, wait_for
 
-from edgepriv import keys, mqtt
+from edgepriv import datasets, keys, mqtt
 from edgepriv.cipher.cipher import FrameOpener
 from edgepriv.demo import site
 from edgepriv.device.capture import open_source
@@ -251,7 +251,7 @@ def run_demo(tmp_path, *extra):
         sys.executable, "-m", "edgepriv", "demo", "--frames", "6", "--rounds", "2", "--devices", "2", "--json",
         "--out", str(tmp_path / "demo"), *extra,
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=560, check=False)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout.strip().splitlines()[-1])
     assert document["schema"] == "edgepriv.demo/1"
@@ -271,10 +271,15 @@ def run_demo(tmp_path, *extra):
     return document
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("broker", ["mosquitto", "amqtt"])
 def test_the_demo_runs_with_both_brokers(job, tmp_path, broker):
-    run_demo(tmp_path, "--broker", broker)
+    digits = datasets.load(
+        "digits", limit=500
+    )  # a third of the pictures: the training of the backbone is not the point
+    (tmp_path / "some").mkdir()
+    np.savez(tmp_path / "some" / "release.npz", images=digits.images, labels=digits.labels)
+    run_demo(tmp_path, "--broker", broker, "--data", str(tmp_path / "some"))
 
 
 @pytest.mark.full
