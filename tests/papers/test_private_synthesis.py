@@ -16,6 +16,8 @@ from edgepriv.cli import synthesis_study as studies
 from edgepriv.risk.membership.audit import audit_shadows
 from edgepriv.risk.membership.shadows import no_defence
 
+pytestmark = pytest.mark.timeout(300)  # sixteen pipelines in a fixture; half a minute on an idle core
+
 ATTACKS = {
     "threshold", "quantile", "lira", "rmia_all", "rmia_out", "label_only", "label_only_calibrated", "nearest",
     "nearest_lira", "nearest_difference",
