@@ -152,7 +152,7 @@ def fold(folder: Path, opened: RoundOpen, staged: Sequence[Staged]) -> tuple[Che
         if not sources:
             return before, refused
         taken = (*before.taken, *((s.device, s.stale, s.digest, s.weight) for s, _, _ in sources))
-        return _write_sum(before, opened, taken, sources), refused
+        return write_sum(before, opened, taken, sources), refused
 
 
 def _factor(norm: float, item: Staged, opened: RoundOpen) -> float:
@@ -161,12 +161,13 @@ def _factor(norm: float, item: Staged, opened: RoundOpen) -> float:
     return item.factor if scaled <= opened.clip else opened.clip / norm * (1 - 1e-9)
 
 
-def _write_sum(
+def write_sum(
     before: Checkpoint,
     opened: RoundOpen,
     taken: tuple[tuple[str, int, bytes, int], ...],
     sources: Iterable[tuple[Staged, Any, float]],
 ) -> Checkpoint:
+    """A new durable sum: ``before`` and what the sources add; ``taken`` names everything in it."""
     ring, sources = ring_of(opened), list(sources)
     old = before.path.open("rb") if before.taken else None
     fresh = before.path.with_name(SUM_NAME + ".new")
@@ -200,7 +201,7 @@ def merge(folder: Path, opened: RoundOpen, partial: Path) -> Checkpoint:
         raise DataError(f"{doubled[0]} is in both partial sums")
     taken = (*before.taken, *other.taken)
     with other.path.open("rb") as file:
-        return _write_sum(before, opened, taken, [(_nobody(other), _Sum(file, opened), 1.0)])
+        return write_sum(before, opened, taken, [(_nobody(other), _Sum(file, opened), 1.0)])
 
 
 def _nobody(checkpoint: Checkpoint) -> Staged:

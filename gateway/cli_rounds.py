@@ -91,3 +91,19 @@ def rounds_weights(config_path: Path, as_json: bool, file: Path, model: str) -> 
         "size": result["size"],
     }
     show(document, as_json, [f"weights {document['digest']} of {model} are the base of the next round"])
+
+
+@rounds.command("merge")
+@AS_JSON
+@click.option("--base", type=click.Path(path_type=Path), required=True, help="The weights that all shards began with.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Where the new weights go.")
+@click.argument("partials", type=click.Path(path_type=Path), nargs=-1, required=True)
+def rounds_merge(as_json: bool, base: Path, out: Path, partials: tuple[Path, ...]) -> None:
+    """Add the partial sums of several gateways' shards and write the new global weights."""
+    from gateway.shards import merge_partials
+
+    if missing := [path for path in (base, *partials) if not path.is_file()]:
+        raise MissingFileError(f"no such file: {missing[0]}")
+    result = merge_partials(base, partials, out)
+    document = {"schema": "edgepriv.gateway-merge/1", "digest": result.digest.hex(), "devices": result.devices}
+    show(document, as_json, [f"{out}: weights {document['digest']} over {result.devices} devices"])

@@ -20,7 +20,7 @@ from edgepriv.federated.noise import NoiseStream
 from edgepriv.wire import rounds as wire_rounds
 from edgepriv.wire.messages import Ack, Offer, RoundMessage
 from edgepriv.wire.rounds import MASKED, Confirm, Join
-from gateway import aggregate, robust_sum, round_events
+from gateway import aggregate, robust_sum, round_events, shards
 from gateway.aggregate import Staged
 from gateway.rounds import ENDED, Round
 
@@ -378,14 +378,20 @@ class Conductor:
                     folder, current.opened, base, out, rule=plan.rule, rate=plan.server_rate
                 )
             else:
-                unmask = self._unmaskers.pop(number, None)
-                result = aggregate.finish(
-                    folder, current.opened, base, out, unmask=unmask, noise=self._noise(plan), rate=plan.server_rate
-                )
+                result = self._finish_sum(current, folder, base, out)
             aggregate.rename(out, self.model_path(result.digest))
             return round_events.Finished(result.digest, result.size, self._spent(current))
         except EdgeprivError as error:
             return round_events.Finished(reason=str(error))
+
+    def _finish_sum(self, current: Round, folder: Path, base: Path, out: Path) -> aggregate.Result:
+        plan, opened = current.plan, current.opened
+        unmask = self._unmaskers.pop(plan.round, None)
+        if plan.publish == "partial":
+            return shards.export_partial(folder, opened, out, unmask=unmask)
+        return aggregate.finish(
+            folder, opened, base, out, unmask=unmask, noise=self._noise(plan), rate=plan.server_rate
+        )
 
     def _noise(self, plan: RoundPlan) -> Callable[[int], NDArray[Any]] | None:
         """Central noise: Gaussian, deviation multiplier x clip on the sum of clipped updates of weight 1."""

@@ -252,7 +252,7 @@ class RoundDriver:
 
     def _adopt_result(self) -> None:
         """The weights of the last round that succeeded are the base of the next."""
-        done = [r for r in self.table.records() if r.get("outcome") == "done"]
+        done = [r for r in self.table.records() if r.get("outcome") == "done" and r.get("publish") != "partial"]
         head = self.head()
         if done and head and done[-1]["round"] > head.get("round", 0):
             newest = done[-1]

@@ -22,6 +22,7 @@ class RoundPlan:
     ``max_epsilon``: no start past this at ``delta`` (0: no budget). ``statistics``: BatchNorm's running statistics stay
     at ``home`` (then no tensor of the round may be one) or are ``shared`` (then clip and noise cover them too).
     ``reference``: digest of the trusted update of the rule fltrust, stored beside the models.
+    ``publish``: new ``weights``, or this shard's ``partial`` sum for a root (`gateway.shards`).
     ``threshold_active``: floor(2n/3)+1 shares are needed (a lying gateway), else floor(n/2)+1.
     """
 
@@ -61,6 +62,7 @@ class RoundPlan:
     max_staleness: int = 1
     rule: str = "mean"
     reference: bytes = b""
+    publish: str = "weights"
     server_rate: float = 1.0
     training: dict[str, Any] = field(default_factory=dict)
 
@@ -75,6 +77,10 @@ class RoundPlan:
             raise ConfigError(f"the rule {self.rule} compares whole updates", hint='encoding = "float32"')
         if self.statistics == "home" and any(str(row[0]).endswith(STATISTICS) for row in self.tensors):
             raise ConfigError("BatchNorm statistics stay at home", hint='leave them out, or statistics = "shared"')
+        if self.publish not in {"weights", "partial"} or (
+            self.publish == "partial" and self.rule in {"trimmed", "median"}
+        ):
+            raise ConfigError('publish is "weights" or, for sums, "partial"')
         if (self.rule == "fltrust") != bool(self.reference):
             raise ConfigError("the rule fltrust, and only it, needs a reference update")
         if self.noise != "none" and (self.max_weight != 1 or self.noise_multiplier <= 0):

@@ -33,6 +33,7 @@ class RoundRecord:
     before: bytes
     after: bytes
     after_bytes: int
+    publish: str
     noise: str
     noise_multiplier: float
     participation: str
@@ -45,8 +46,8 @@ class RoundRecord:
         return RoundResult(
             self.outcome,
             self.reason[:400],
-            self.after,
-            self.after_bytes,
+            self.after if self.publish == "weights" else b"",
+            self.after_bytes if self.publish == "weights" else 0,
             len(self.participants),
             self.privacy,
             self.epsilon,
@@ -95,6 +96,7 @@ def closing_record(
         before=plan.base,
         after=finished.model,
         after_bytes=finished.model_bytes,
+        publish=plan.publish,
         noise=plan.noise,
         noise_multiplier=plan.noise_multiplier,
         participation=plan.participation,

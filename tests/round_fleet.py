@@ -43,9 +43,10 @@ class MemoryStore:
 class Fleet:
     """``lost(kind, device)`` may return True to lose a message; ``gone`` names devices that say nothing any more."""
 
-    def __init__(self, folder: Path, trainers, *, policy=None, lost=None):
+    def __init__(self, folder: Path, trainers, *, policy=None, lost=None, first=0):
         self.folder = Path(folder)
-        identities = {f"dev-{i:03d}": Identity.new("device", f"{i:03d}") for i in range(len(trainers))}
+        numbers = range(first, first + len(trainers))
+        identities = {f"dev-{i:03d}": Identity.new("device", f"{i:03d}") for i in numbers}
         self.trust = TrustList(1, 0, 1 << 40, tuple(i.public for i in identities.values()))
         policy = policy or RoundPolicy(trainable=("*",), min_cohort=2)
         self.devices = {
