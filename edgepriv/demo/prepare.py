@@ -25,7 +25,11 @@ HEAD_RECIPE = LocalRecipe(learning_rate=0.05, batch_size=32, epochs=60, momentum
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Data and model before anything runs. ``parts``: rows of each device; ``held_*``: features and labels."""
+    """Data and model before anything runs.
+
+    ``parts``: rows of each device; ``held_*``: features and labels; ``seen`` and ``held``: the model's inputs of the
+    backbone's third and of the held-out third, float32 [n, c, 32, 32].
+    """
 
     data: datasets.Dataset
     spec: str
@@ -38,6 +42,9 @@ class Prepared:
     held_features: np.ndarray[Any, Any]
     held_labels: np.ndarray[Any, Any]
     accuracy_before: float
+    backbone: train.Backbone
+    seen: np.ndarray[Any, np.dtype[np.float32]]
+    held: np.ndarray[Any, np.dtype[np.float32]]
 
 
 def prepare(data_spec: str, devices: int, seed: int, folder: Path, progress: Callable[[str], None]) -> Prepared:
@@ -73,6 +80,9 @@ def prepare(data_spec: str, devices: int, seed: int, folder: Path, progress: Cal
         held_features,
         held_labels,
         head.accuracy(first, held_features, held_labels),
+        model,
+        seen,
+        held,
     )
 
 

@@ -76,6 +76,18 @@ def _audit_view(audit: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _update_view(view: Any) -> dict[str, Any]:
+    """One kind of device: the attack's figures without protection and as configured, and the grid of both."""
+    return {
+        "title": view.title,
+        "open": view.unprotected,
+        "shut": view.configured,
+        "protection": view.protection,
+        "caption": view.caption,
+        "src": data_url(view.png),
+    }
+
+
 def write_report(outcome: Outcome) -> Path:
     """Write ``report.html`` into the output folder and return its path."""
     from jinja2 import Environment, select_autoescape
@@ -104,7 +116,7 @@ def _context(outcome: Outcome) -> dict[str, Any]:
         "frames": [*map(_sample, outcome.samples), *_photographs(outcome)],
         "chart": accuracy_chart(outcome.accuracies),
         "audits": [_audit_view(audit) for audit in outcome.audits],
-        "updates": outcome.updates,
+        "updates": [_update_view(view) for view in outcome.updates],
     }
 
 

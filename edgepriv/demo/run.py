@@ -20,6 +20,7 @@ from edgepriv.cipher import container
 from edgepriv.datasets import read_image
 from edgepriv.demo import processes, site, suppliers
 from edgepriv.demo.prepare import prepare
+from edgepriv.demo.updates import update_views
 from edgepriv.device.capture import open_source
 from edgepriv.errors import TemporaryError
 from edgepriv.federated import head
@@ -63,7 +64,7 @@ class Outcome:
     accuracies: list[float] = field(default_factory=list)
     rounds: list[dict[str, Any]] = field(default_factory=list)
     audits: list[dict[str, Any]] = field(default_factory=list)
-    updates: list[dict[str, Any]] = field(default_factory=list)
+    updates: list[Any] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
@@ -115,6 +116,9 @@ def run_demo(options: DemoOptions, progress: Callable[[str], None]) -> Outcome:
         run_rounds(stage, outcome)
         listed = suppliers.await_verdicts(stage.gateway, offered, progress)
         outcome.audits = suppliers.reports(place, offered, listed)
+        progress("what an update of this fleet would have shown")
+        masked = site.round_privacy(options.devices) == "masked"
+        outcome.updates = update_views(prepared, masked=masked, seed=options.seed)
         progress("stopping all processes")
     outcome.seconds = time.monotonic() - started
     return outcome

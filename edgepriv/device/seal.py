@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, cast
 
 from edgepriv.cipher.epochs import DeviceEpoch
 from edgepriv.wire import envelope, messages, topics
+from edgepriv.wire.envelope import MAX_FRAMES
 from edgepriv.wire.output import Output
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class Sealer:
         if self._epoch is not None and not force and not self._due(self._epoch, now, trust):
             return []
         self._previous = self._epoch
+        policy = trust.policy_for(self._identity.name)
         self._epoch = DeviceEpoch.open(
             self._identity,
             trust,
@@ -93,7 +95,7 @@ class Sealer:
             now=now,
             profile=self._config.profile,
             alg=None if self._config.alg == "auto" else cast("Alg", self._config.alg),
-            max_frames=self._config.frames_per_epoch,
+            max_frames=min(self._config.frames_per_epoch, int(policy.get("max_frames", MAX_FRAMES))),
         )
         signed = self._epoch.signed
         return [SealedItem("epoch", signed.digest, signed.digest, signed.raw)]
