@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def audit(folder: Path, data: str, original: Path | None, as_json: bool, **flags: Any) -> None:
     """Attack the protected model in FOLDER (the owner's copy: it needs the secrets to know the truth)."""
-    import torch
+    from edgepriv.selective_encryption.select.scoring import use_threads
 
-    torch.set_num_threads(flags["threads"])
+    use_threads(flags["threads"])
     subject, paper, plain, masked = _subject(folder, original)
     form = InputForm.from_fields(paper.about.get("input", {}))
     train = load_samples(data, form, split="train", limit=flags["limit"])

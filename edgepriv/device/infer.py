@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -97,11 +97,22 @@ def load_spec(model_path: Path) -> ModelSpec:
     return spec
 
 
+class OpenedModel(Protocol):
+    """A protected model that was opened in memory: its digest, and what gives its weights to a session."""
+
+    digest: bytes
+
+    def feed(self, options: Any, ort: Any) -> bytes:
+        """Hand external weights to the session options; returns the graph's bytes."""
+        ...
+
+
 class Inferer:
     """One model, one session, one thread pool for the life of the process."""
 
-    def __init__(self, model: bytes, spec: ModelSpec, *, threads: int = 1, optimise: bool = True) -> None:
-        self.spec, self.digest = spec, hashlib.sha256(model).digest()
+    def __init__(self, model: bytes | OpenedModel, spec: ModelSpec, *, threads: int = 1, optimise: bool = True) -> None:
+        self.spec = spec
+        self.digest = hashlib.sha256(model).digest() if isinstance(model, bytes) else model.digest
         channels = 1 if spec.colour == "gray" else 3
         self._mean = _per_channel(spec.mean, channels, "mean")
         self._scale = _per_channel(spec.scale, channels, "scale")
@@ -118,6 +129,8 @@ class Inferer:
         """Load a plain model file and its ``model.toml``."""
         if not path.is_file():
             raise MissingFileError(f"no such model: {path}", hint="set [model] path")
+        if path.with_name("manifest.cbor").is_file():
+            raise DataError(f"{path} is the carrier of a protected model", hint="set [model] permission")
         return cls(path.read_bytes(), load_spec(path), threads=threads)
 
     @property
@@ -136,7 +149,7 @@ class Inferer:
                 raise ConfigError(f"model {spec.id} has no output {name!r}", hint=f"it has {', '.join(outputs)}")
         return names
 
-    def _open(self, model: bytes, threads: int, optimise: bool) -> Any:
+    def _open(self, model: bytes | OpenedModel, threads: int, optimise: bool) -> Any:
         try:
             import onnxruntime as ort
         except ImportError as error:
@@ -149,10 +162,11 @@ class Inferer:
         options.log_severity_level = 3
         if not optimise:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        content = model if isinstance(model, bytes) else model.feed(options, ort)
         failures = []
         for provider in self.spec.providers:
             try:
-                session = ort.InferenceSession(model, options, providers=[provider])
+                session = ort.InferenceSession(content, options, providers=[provider])
                 self._probe(session)
             except Exception as error:  # onnxruntime raises many types; each means: not this provider
                 failures.append(f"{provider}: {str(error).splitlines()[0][:200]}")

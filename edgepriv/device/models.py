@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import cbor2
 import numpy as np
 
-from edgepriv.device.verdicts import GOOD_VERDICT, read_verdict
+from edgepriv.device.verdicts import check_verdict
 from edgepriv.errors import DataError, EdgeprivError, MissingFileError, RefusedError, TrustError
 from edgepriv.selective_encryption import bundle_files, manifest
 from edgepriv.selective_encryption.restore import open_level
@@ -193,7 +193,8 @@ class ModelStore:
         restored = self.open(name)
         restored.wipe()
         if self.trust.require_verdict:
-            self._check_verdict(name, restored.digest)
+            path = self._place(name) / VERDICT
+            self.raise_floor(check_verdict(path, restored.digest, self.trust.risk_keys, self.state.floor_s))
 
     def self_test(self, name: str, run: Runner, *, clock: Callable[[], float], rss: Callable[[], int]) -> Measured:
         """Run the golden inputs on exactly the bytes that will run; never the network.
@@ -321,6 +322,10 @@ class ModelStore:
 
     # --- parts -----------------------------------------------------------------------------------------------
 
+    def place(self) -> Path:
+        """Folder of the current model."""
+        return self._place(self.state.current)
+
     def _place(self, name: str) -> Path:
         return self.folder / "versions" / name
 
@@ -347,19 +352,6 @@ class ModelStore:
             return inputs, np.asarray(fields["labels"], np.int64)
         except (KeyError, TypeError, ValueError, OSError, cbor2.CBORDecodeError) as error:
             raise DataError("the golden inputs are malformed") from error
-
-    def _check_verdict(self, name: str, digest: bytes) -> None:
-        path = self._place(name) / VERDICT
-        if not path.is_file():
-            raise TrustError("the model has no verdict of the risk service, and the owner's policy demands one")
-        fields = read_verdict(path.read_bytes(), self.trust.risk_keys)
-        if fields["model"] != digest:
-            raise TrustError("the verdict is of other bytes than those that would run")
-        if fields["expires"] <= self.state.floor_s:
-            raise TrustError("the verdict has expired")
-        if fields["verdict"] != GOOD_VERDICT:
-            raise TrustError(f"the verdict is {fields['verdict']!r}")
-        self.raise_floor(int(fields["issued"]))
 
     def _version(self, name: str, model: str) -> int | None:
         if not name:

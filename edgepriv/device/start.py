@@ -6,10 +6,10 @@ import time
 from typing import TYPE_CHECKING
 
 from edgepriv import keys, mqtt
+from edgepriv.device import protected
 from edgepriv.device.capture import open_source
 from edgepriv.device.config import load_config
 from edgepriv.device.fetch import Fetcher
-from edgepriv.device.infer import Inferer
 from edgepriv.device.learn import Learner
 from edgepriv.device.publish import Publisher
 from edgepriv.device.release import parse_policy
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from edgepriv.device.config import BrokerConfig, DeviceConfig
+    from edgepriv.device.infer import Inferer
     from edgepriv.device.ledger import SceneLedger
     from edgepriv.mqtt import Link
     from edgepriv.wire.trust import TrustList
@@ -62,7 +63,7 @@ def assemble(
     identity, trust = _identity(config, clock)
     state = config.device.state
     policy = parse_policy(config.release.policy)
-    inferer = inferer or Inferer.from_file(config.model.path, threads=config.model.threads)
+    inferer = inferer or protected.open_inferer(config, identity, trust.current(), clock)
     if policy.task != inferer.spec.task:
         raise ConfigError(
             f"release policy {policy.name!r} is for {policy.task}, but model {inferer.spec.id} does {inferer.spec.task}"

@@ -10,9 +10,28 @@ from edgepriv.wire import cbor
 
 if TYPE_CHECKING:
     from collections.abc import Collection
+    from pathlib import Path
 
 VERDICT_USE = "verdict"
 GOOD_VERDICT = "low leakage"
+
+
+def check_verdict(path: Path, digest: bytes, risk_keys: Collection[bytes], floor_s: int) -> int:
+    """Check the verdict file of a model against the digest of what would run; returns when it was issued.
+
+    Raises:
+        TrustError: there is none, it is of other bytes, not good, expired or not signed by a risk service.
+    """
+    if not path.is_file():
+        raise TrustError("the model has no verdict of the risk service, and the owner's policy demands one")
+    fields = read_verdict(path.read_bytes(), risk_keys)
+    if fields["model"] != digest:
+        raise TrustError("the verdict is of other bytes than those that would run")
+    if fields["expires"] <= floor_s:
+        raise TrustError("the verdict has expired")
+    if fields["verdict"] != GOOD_VERDICT:
+        raise TrustError(f"the verdict is {fields['verdict']!r}")
+    return int(fields["issued"])
 
 
 def read_verdict(raw: bytes, risk_keys: Collection[bytes]) -> dict[str, Any]:

@@ -50,7 +50,7 @@ class Maker:
         self.issuer = Identity.new("owner", "maker")
         self.risk = Identity.new("risk", "judge")
         self.inputs = np.random.default_rng(1).normal(size=(6, 3, 8, 8)).astype(np.float32)
-        self.bundles = {}
+        self.bundles, self.permissions = {}, {}
 
     def bundle(self, version):
         if version not in self.bundles:
@@ -79,10 +79,13 @@ class Maker:
         return pack(content, golden, limits or Limits(min_accuracy=0.9), issuer or self.issuer, verdict=statement)
 
     def permission(self, version, device):
-        bundle = self.bundle(version)
-        return manifest.grant(
-            bundle.decoded.binding, 1, bundle.key, device.public, self.issuer, now_s=NOW, expires_s=NOW + 10_000
-        )
+        key = (version, device.public.x25519)
+        if key not in self.permissions:
+            bundle = self.bundle(version)
+            self.permissions[key] = manifest.grant(
+                bundle.decoded.binding, 1, bundle.key, device.public, self.issuer, now_s=NOW, expires_s=NOW + 10_000
+            )
+        return self.permissions[key]
 
     def trust(self, **more):
         return Trust([self.issuer.public.ed25519], [self.risk.public.ed25519], require_verdict=True, **more)

@@ -21,6 +21,7 @@ from edgepriv.selective_encryption.calibrate import Samples
 from edgepriv.selective_encryption.select import Network, architectures, choose
 from edgepriv.selective_encryption.select.scoring import unit_scores
 
+torch.set_num_threads(1)  # two spinning threads on a busy host are slower than one
 BENCHMARK = Path(__file__).resolve().parent.parent / "benchmarks" / "selective_encryption.py"
 SECRET, MODEL_ID = b"s" * 32, b"m" * 16
 

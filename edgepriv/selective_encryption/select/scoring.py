@@ -26,6 +26,11 @@ STRATEGIES = ("fisher", "decoy-gates", "pss", "magnitude", "random")
 AGREEMENT = 1e-3
 
 
+def use_threads(count: int) -> None:
+    """Bound the threads that torch may use in this process."""
+    torch.set_num_threads(count)
+
+
 def task_loss(task: str, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Mean loss of a batch: cross-entropy, or squared error on a scale where noise is of order one."""
     if task == "classify":
