@@ -1,4 +1,4 @@
-"""Logs on stderr: one line a record, plain or JSON, with systemd's priority prefix when it is listening."""
+"""Logs on stderr: one line a record, plain or JSON, with systemd's priority prefix when the journal is listening."""
 
 from __future__ import annotations
 
@@ -7,37 +7,40 @@ import logging
 import os
 import sys
 
-PRIORITIES = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6, logging.DEBUG: 7}
+FIELDS = ("party", "kind", "outcome", "reason", "bytes")
+_PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 
 
 class JsonLines(logging.Formatter):
-    """A record as one JSON object; whatever a caller passes as ``extra={"fields": {...}}`` stands beside it."""
+    """A record as one JSON object, with what was handed along as ``extra`` under the names of ``FIELDS``."""
 
     def format(self, record: logging.LogRecord) -> str:
         """See logging.Formatter."""
-        entry = {
-            "at": round(record.created, 3),
-            "level": record.levelname.lower(),
-            "where": record.name,
-            "text": record.getMessage(),
-            **getattr(record, "fields", {}),
-        }
-        return json.dumps(entry, default=str)
+        body = {"at": round(record.created, 3), "level": record.levelname.lower(), "logger": record.name}
+        known = {name: getattr(record, name) for name in FIELDS if hasattr(record, name)}
+        text = {**body, "message": record.getMessage(), **known}
+        if record.exc_info:
+            text["error"] = self.formatException(record.exc_info)
+        return json.dumps(text, default=str)
 
 
 class PlainLines(logging.Formatter):
-    """``<priority>`` for the journal, then where and what."""
+    """Plain lines; the journal keeps the time and reads ``<N>`` as the priority."""
+
+    def __init__(self, *, journal: bool) -> None:
+        super().__init__("%(message)s" if journal else "%(asctime)s %(levelname)s %(name)s: %(message)s")
+        self._journal = journal
 
     def format(self, record: logging.LogRecord) -> str:
         """See logging.Formatter."""
-        prefix = f"<{PRIORITIES.get(record.levelno, 6)}>" if "JOURNAL_STREAM" in os.environ else ""
-        return f"{prefix}{record.levelname.lower()} {record.name}: {record.getMessage()}"
+        text = super().format(record)
+        return f"<{_PRIORITIES.get(record.levelno, 6)}>{text}" if self._journal else text
 
 
-def configure_logs(*, json_lines: bool = False, level: int = logging.INFO) -> None:
-    """Send the root logger to stderr in one of the two forms."""
+def configure_logs(level: str = "info", *, json_lines: bool = False) -> None:
+    """Send all logs to stderr in one of the two forms."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines() if json_lines else PlainLines())
+    handler.setFormatter(JsonLines() if json_lines else PlainLines(journal="JOURNAL_STREAM" in os.environ))
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(level)
+    root.setLevel(level.upper())

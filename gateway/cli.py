@@ -37,10 +37,11 @@ def root() -> None:
 @click.option("--log-json", is_flag=True, help="Log JSON lines.")
 def run(config_path: Path, log_level: str | None, log_json: bool) -> None:
     """Run the gateway until it is told to stop."""
-    from gateway import daemon, logs
+    from edgepriv.logs import configure_logs
+    from gateway import daemon
 
     config = load_config(config_path)
-    logs.set_up(log_level or config.log.level, as_json=log_json or config.log.json)
+    configure_logs(log_level or config.log.level, json_lines=log_json or config.log.json)
     daemon.serve(config)
 
 
@@ -169,11 +170,11 @@ def doctor(config_path: Path, as_json: bool, no_network: bool) -> None:
 @CONFIG
 def pages(config_path: Path) -> None:
     """Serve the operator pages until told to stop."""
-    from gateway import logs
+    from edgepriv.logs import configure_logs
     from gateway.pages.serve import serve
 
     config = load_config(config_path)
-    logs.set_up(config.log.level, as_json=config.log.json)
+    configure_logs(config.log.level, json_lines=config.log.json)
     serve(config)
 
 

@@ -25,7 +25,7 @@ def demo(devices: int, frames: int, rounds: int, data: str, out: Path, seed: int
     from edgepriv.demo.run import DemoOptions, run_demo
     from edgepriv.logs import configure_logs
 
-    configure_logs(level=40)
+    configure_logs("error")
     signal.signal(signal.SIGTERM, _interrupt)  # a kill stops all processes as Ctrl-C does
     options = DemoOptions(devices, frames, rounds, data, out.resolve(), seed, broker)
     outcome = run_demo(options, _progress)

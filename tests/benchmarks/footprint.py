@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -42,6 +43,7 @@ def install(folder: Path, extras: str, wheel: Path) -> Path:
 def build_wheel(folder: Path) -> Path:
     """The wheel that users install."""
     subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), str(ROOT)], check=True)
+    shutil.rmtree(ROOT / "build", ignore_errors=True)  # a stale copy of the sources would end up in the next wheel
     return next(folder.glob("edgepriv-*.whl"))
 
 
