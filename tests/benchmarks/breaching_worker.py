@@ -48,6 +48,8 @@ def _attack(breaching, case):
         cfg.attack.regularization.total_variation.scale = spec["total_variation"]
         if "double_opponents" in cfg.attack.regularization.total_variation:
             cfg.attack.regularization.total_variation.double_opponents = False
+    if spec["steps"] > 1 and "features" in cfg.attack.regularization:
+        del cfg.attack.regularization["features"]  # it measures features of one step only and fails on updates
     setup = {"dtype": torch.float, "device": torch.device("cpu")}
     attacker = breaching.attacks.prepare_attack(model, torch.nn.CrossEntropyLoss(), cfg.attack, setup)
     payload, shared = _exchange(spec, weights, [torch.tensor(case[f"delta/{n}"]) for n in names], case["labels"])

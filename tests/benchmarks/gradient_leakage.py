@@ -274,7 +274,7 @@ def main() -> None:
     chosen = [case for case in cases() if options.only in case.name]
     for case in chosen[: 2 if options.quick else None]:
         rows.append(run_case(world, case, options.clients, options.breaching))
-        print(f"{case.name}: {rows[-1]['psnr_db']:.1f} dB", file=sys.stderr, flush=True)
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     document = {
         "schema": "edgepriv.bench-gradient-leakage/1",
         "cases": rows,

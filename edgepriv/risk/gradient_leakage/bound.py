@@ -40,7 +40,7 @@ CAVEAT = (
 )
 MAX_JACOBIAN_BYTES = 4 << 30
 MAX_PIXELS = 1024
-SUBSPACE_PIXELS = 256
+SUBSPACE_PIXELS = 128
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,6 +60,12 @@ def test_keeping_statistics_at_home_lowers_attack_and_bound_on_one_image(digits,
     assert shared["bound_psnr_db"] - home["bound_psnr_db"] >= 10
 
 
+def test_clipped_statistics_do_not_hide_an_update_from_an_attacker_who_ignores_them(digits, canaries):
+    model, recipe = digits.network(0), LocalRecipe(batch_size=4)
+    clipped = protections.ClippedNoise(0.05, 0.0, shares_statistics=True)
+    assert audit.audit_round(model, recipe, canaries, round_number=1, protection=clipped)["verdict"] == "leaks"
+
+
 def test_a_masked_sum_shows_less_than_one_device(digits, canaries):
     model, recipe = digits.network(0), LocalRecipe(batch_size=4)
     many = replace(canaries, images=digits.private[:16], labels=digits.private_labels[:16])
