@@ -106,11 +106,13 @@ class Publisher:
         return False
 
     def _send_items(self, now: float) -> None:
+        for digest, (sent_at, _) in list(self._in_flight.items()):
+            if now - sent_at >= RESEND_S:  # lost, or dropped here since: it must not fill the window for ever
+                del self._in_flight[digest]
         limit, idle = WINDOW_ITEMS + len(self._in_flight), 0
         rows = self._spool.waiting(limit, after=self._after)
         for item in rows:
-            sent_at = self._in_flight.get(item.digest)
-            if sent_at is not None and now - sent_at[0] < RESEND_S:
+            if item.digest in self._in_flight:
                 idle += 1
                 continue
             flying = sum(size for _, size in self._in_flight.values())
@@ -178,7 +180,7 @@ class Publisher:
             return
         indices = from_ranges(grant.ranges, chunk_count(upload.size, upload.chunk_bytes))
         waiting = set(upload.granted)
-        upload.granted.extend(i for i in indices if i not in waiting)
+        upload.granted.extend(i for i in dict.fromkeys(indices) if i not in waiting)
         self._in_flight[upload.digest] = (now, 0)  # it lives: no new offer is needed yet
 
     def on_ack(self, ack: Ack) -> str | None:
