@@ -44,11 +44,17 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True)
 class ReleaseConfig:
-    """``[release]``: what may leave. ``bits_per_scene`` 0 means no budget."""
+    """``[release]``: what may leave. ``bits_per_scene`` 0 means no budget.
+
+    ``indicator``: the risk service's reference file; outputs that look unlike an honest model's are counted, and with
+    ``refuse_suspicious`` they do not leave.
+    """
 
     policy: str = "argmax"
     bits_per_scene: float = 0.0
     scene_window_s: float = 2.0
+    indicator: Path | None = None
+    refuse_suspicious: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from edgepriv.device.capture import Frame, FrameSource
     from edgepriv.device.config import DeviceConfig
     from edgepriv.device.fetch import Fetcher
+    from edgepriv.device.indicator import OutputIndicator
     from edgepriv.device.infer import Inference, Inferer
     from edgepriv.device.learn import Learner
     from edgepriv.device.ledger import SceneLedger
@@ -62,6 +63,7 @@ class Stages:
     fetcher: Fetcher
     learner: Learner | None
     link: Link
+    indicator: OutputIndicator | None = None
 
 
 class DeviceRuntime:
@@ -147,12 +149,23 @@ class DeviceRuntime:
     def _judge(self, frame: Frame) -> Released | None:
         """Infer and release; None when the bit budget of the scene is spent (then nothing leaves)."""
         inference = self.stages.inferer(frame)
+        if self._looks_vicious(inference) and self.config.release.refuse_suspicious:
+            return None
         policy, inference = self._with_head(inference)
         released = release(policy, inference)
         if self.stages.ledger is not None and not self.stages.ledger.allow(frame, released.bits):
             self.counters["refused_budget"] += 1
             return None
         return released
+
+    def _looks_vicious(self, inference: Inference) -> bool:
+        """Whether the outputs of late differ from an honest model's: counted, and a warning, never a proof."""
+        indicator = self.stages.indicator
+        if indicator is None or not len(inference.logits):
+            return False
+        indicator.observe(inference.logits)
+        self.counters["suspicious_outputs"] += indicator.suspicious
+        return indicator.suspicious
 
     def _with_head(self, inference: Inference) -> tuple[ReleasePolicy, Inference]:
         """Serve the federated head where there is one, under argmax only: it has not been audited."""

@@ -10,6 +10,7 @@ from edgepriv.device import protected
 from edgepriv.device.capture import open_source
 from edgepriv.device.config import load_config
 from edgepriv.device.fetch import Fetcher
+from edgepriv.device.indicator import OutputIndicator
 from edgepriv.device.learn import Learner
 from edgepriv.device.publish import Publisher
 from edgepriv.device.release import parse_policy
@@ -94,6 +95,8 @@ def assemble(
     stages = Stages(
         source, inferer, policy, _ledger(config, state), sealer, spool, publisher, fetcher, learner=None, link=link
     )
+    if config.release.indicator is not None:
+        stages.indicator = OutputIndicator.load(config.release.indicator)
     runtime = DeviceRuntime(identity.name, config, stages, clock=clock)
     if config.rounds.take_part and (inferer.spec.features or inferer.spec.trainable):
         stages.learner = _learner(config, identity, trust.current(), runtime, metas)
