@@ -9,7 +9,11 @@ Every error that is raised on purpose is an `EdgeprivError`. No other name is pr
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
+
+# onnxruntime reports its use to its vendor unless this stands before it is imported: no device of ours calls out.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from edgepriv.cipher.cipher import open_frame as open_frame

@@ -12,6 +12,7 @@ RUN python -m venv /opt/edgepriv \
 FROM python:3.11-slim-bookworm
 RUN useradd --system --uid 10001 --home-dir /var/lib/edgepriv-gateway --create-home --shell /usr/sbin/nologin edgepriv
 COPY --from=build /opt/edgepriv /opt/edgepriv
+ENV ORT_DISABLE_TELEMETRY=1
 USER 10001
 VOLUME /var/lib/edgepriv-gateway
 EXPOSE 9464 8080

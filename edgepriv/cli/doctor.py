@@ -44,6 +44,8 @@ def doctor(config_path: Path, no_network: bool, no_camera: bool, as_json: bool) 
     from edgepriv.device.config import load_config
 
     config = load_config(config_path) if config_path != DEFAULT_CONFIG or config_path.is_file() else None
+    if config is not None and config_path == DEFAULT_CONFIG and not config.device.key.exists():
+        config = None  # as the package left it: nothing is enrolled yet
     found = [
         checks.guarded(*check) for check in _checks(config, config_path, network=not no_network, camera=not no_camera)
     ]
@@ -65,7 +67,9 @@ def _checks(
         ("onnxruntime", _onnxruntime, "pip install onnxruntime; on a Jetson with the GPU: its own build"),
     ]
     if config is None:
-        skipped = Finding("configuration", SKIPPED, f"none at {path}: only the machine was checked")
+        text = f"{path} names no key that is here" if path.is_file() else f"none at {path}"
+        remedy = "edgepriv enroll TOKEN_FILE --out /etc/edgepriv/keys, then fill it in"
+        skipped = Finding("configuration", SKIPPED, f"{text}: only the machine was checked", remedy)
         return [*machine, ("configuration", lambda: skipped, "")]
     keys = [config.device.key, config.broker.key, config.broker.password_file]
     return [

@@ -70,3 +70,10 @@ def test_the_device_doctor_runs_a_real_inference_without_any_configuration():
     assert found["onnxruntime"]["state"] == "ok", found["onnxruntime"]
     assert found["crypto"]["state"] == "ok"
     assert done.returncode == 0
+
+
+def test_running_a_model_leaves_nothing_for_the_vendor_of_the_inference_library(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"} | {"HOME": str(tmp_path)}
+    code = "from edgepriv.cli.doctor import _onnxruntime; assert _onnxruntime().state in {'ok', 'warning'}"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, timeout=60)
+    assert list(tmp_path.rglob("*")) == []
