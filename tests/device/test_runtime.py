@@ -76,6 +76,20 @@ def test_no_network_loses_doubles_or_alters_anything(
     world.close()
 
 
+def test_a_full_window_of_lost_packets_is_sent_again(tmp_path):
+    world = World(Site(tmp_path), classifier(tmp_path / "model"), seed=4)
+    device = world.device(run=RunConfig(frames=30), spool=SpoolConfig(commit_frames=30))
+    world.run(until=lambda: world.gateway.totals["status_noted"])
+    world.broker.faults = Faults(drop=1.0)
+    while device.capturing:
+        world.turn()
+    assert device.stages.spool.pending() > 32
+    world.broker.faults = Faults()
+    world.run(seconds=0.5)
+    assert len(world.stored()) == len(world.stored("outputs")) == 30
+    world.close()
+
+
 def test_a_gateway_that_is_replaced_by_its_own_store_goes_on(world):
     device = world.device()
     world.run(turns=500, until=lambda: len(world.stored()) >= 3)
