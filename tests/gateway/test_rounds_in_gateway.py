@@ -1,0 +1,144 @@
+"""Federated rounds through the whole gateway: offers, credits, chunks, sum, new weights; killed anywhere."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+from gateway_site import Device, Recipient, Site, exchange
+
+from edgepriv.wire.messages import Fetch, RoundMessage
+from edgepriv.wire.rounds import read_step
+from edgepriv.wire.update import decode_update, encode_update
+
+SIZE = 5000
+
+
+@pytest.fixture
+def site(tmp_path):
+    rounds = {"quorum": 2, "clip": 1000.0, "deadline_s": 60.0, "fraction_bits": 10, "resend_s": 1.0, "max_weight": 10}
+    made = Site(tmp_path, rounds=rounds)
+    weights = tmp_path / "w.bin"
+    weights.write_bytes(encode_update({"w": np.full(SIZE, 0.5, np.float32)}))
+    made.weights = weights
+    yield made
+    made.close()
+
+
+def opened(site, gateway, devices):
+    """A round over both devices, from the weights to its announcement."""
+    for device in devices:
+        exchange(gateway, device, device.record())
+    site.now += 1
+    gateway.step()
+    gateway.rounds.set_weights(site.weights, "m")
+    number = gateway.rounds.start({}, site.now)
+    gateway._release_replies()
+    turn(gateway, devices)
+    return number
+
+
+def turn(gateway, devices, *packets):
+    """One step of the gateway and what the devices answer."""
+    gateway.link.inbox += packets
+    gateway.step()
+    down, gateway.link.sent = gateway.link.sent, []
+    for device in devices:
+        gateway.link.inbox += device.take(down)
+
+
+def update(device, value, number, examples=1):
+    raw = encode_update({"w": np.full(SIZE, value, np.float32)})
+    return raw, device.offer(raw, "update", number, 1024, meta={"examples": examples})
+
+
+def finish(site, gateway, devices, offers, turns=200):
+    """Repeat offers until all are acknowledged and the round has ended."""
+    for _ in range(turns):
+        again = [d.seal(o) for d, o in zip(devices, offers, strict=True) if o.digest not in d.acks]
+        turn(gateway, devices, *again)
+        site.now += 0.6
+        ended = gateway.store.database.query("SELECT state FROM rounds WHERE snapshot IS NULL")
+        if ended and all(o.digest in d.acks for d, o in zip(devices, offers, strict=True)):
+            return gateway.rounds.table.records()[-1]
+    raise AssertionError("the round did not end")
+
+
+def test_a_round_ends_with_the_weighted_mean_and_devices_fetch_it(site):
+    gateway, devices = site.gateway(), [Device(site, n) for n in site.devices]
+    number = opened(site, gateway, devices)
+    announced = [m for m in devices[0].other if isinstance(m, RoundMessage)]
+    assert read_step(announced[0], up=False).tensors == (["w", [SIZE]],)
+    offers = [update(devices[0], 1.0, number, 1)[1], update(devices[1], 3.0, number, 3)[1]]
+    record = finish(site, gateway, devices, offers)
+    assert (record["outcome"], record["participants"]) == ("done", ["dev-cam1", "dev-cam2"])
+    assert {d.acks[o.digest].outcome for d, o in zip(devices, offers, strict=True)} == {"stored"}
+    exchange(gateway, devices[0], devices[0].seal(Fetch(record["after"][:16], 0, 64, 4096)))
+    chunks = devices[0].objects[record["after"][:16]]
+    raw = b"".join(chunks[i] for i in range(len(chunks)))
+    assert hashlib.sha256(raw).digest() == record["after"]
+    assert np.array_equal(decode_update(raw, max_bytes=1 << 20).tensors["w"], np.full(SIZE, 0.5 + 2.5, np.float32))
+    assert list(gateway.store.blobs.iterdir()) == []
+    assert gateway.rounds.start({}, site.now) == number + 1
+    assert gateway.rounds.head()["digest"] == record["after"]
+
+
+@pytest.mark.parametrize("kill_after", [1, 2, 4, 7, 9, 12])
+def test_a_gateway_that_is_killed_anywhere_in_a_round_ends_it_with_the_same_sum(site, kill_after):
+    gateway, devices = site.gateway(), [Device(site, n) for n in site.devices]
+    number = opened(site, gateway, devices)
+    offers = [update(devices[0], 1.0, number)[1], update(devices[1], 3.0, number)[1]]
+    for index in range(kill_after):
+        turn(gateway, devices, *([d.seal(o) for d, o in zip(devices, offers, strict=True)] if index == 0 else []))
+        site.now += 0.6
+    again = site.gateway()
+    again.store.sweep()
+    record = finish(site, again, devices, offers)
+    assert record["outcome"] == "done"
+    raw = again.rounds.conductor.model_path(record["after"]).read_bytes()
+    assert np.array_equal(decode_update(raw, max_bytes=1 << 20).tensors["w"], np.full(SIZE, 2.5, np.float32))
+    assert again.store.database.query("SELECT count(*) FROM uploads") == [(0,)]
+
+
+def test_newly_set_weights_are_the_base_of_the_next_round_and_not_the_last_result(site):
+    gateway, devices = site.gateway(), [Device(site, n) for n in site.devices]
+    number = opened(site, gateway, devices)
+    offers = [update(d, 1.0, number)[1] for d in devices]
+    finish(site, gateway, devices, offers)
+    fresh = site.folder / "fresh.bin"
+    fresh.write_bytes(encode_update({"w": np.zeros(SIZE, np.float32)}))
+    head = gateway.rounds.set_weights(fresh, "m")
+    gateway.rounds.start({}, site.now)
+    assert gateway.rounds.head()["digest"] == head["digest"]
+
+
+def test_hostile_updates_are_counted_rejections_and_the_round_goes_on(site):
+    gateway, devices = site.gateway(), [Device(site, n) for n in site.devices]
+    number = opened(site, gateway, devices)
+    good = [update(d, 1.0, number)[1] for d in devices]
+    bad = np.full(SIZE, np.nan, np.float32)
+    raw = encode_update({"w": bad})
+    poison = devices[0].offer(raw, "update", number, 1024, meta={"examples": 1})
+    stranger = devices[1].offer(encode_update({"x": np.ones(3, np.float32)}), "update", 99, 1024, meta={"examples": 1})
+    turn(gateway, devices, devices[1].seal(stranger))
+    turn(gateway, devices)
+    assert devices[1].acks[stranger.digest].outcome == "rejected"
+    record = finish(site, gateway, devices, [poison, good[1]], turns=300)
+    assert devices[0].acks[poison.digest].outcome == "rejected"
+    assert record["outcome"] == "aborted"
+    assert "quorum" in record["reason"]
+    assert any("dev-cam1" in row[0] for row in record["rejected"])
+
+
+def test_the_risk_service_sees_windows_and_reports_on_a_round(site):
+    gateway, devices = site.gateway(), [Device(site, n) for n in site.devices]
+    exchange(gateway, devices[0], devices[0].record(), devices[0].seal(devices[0].output(label=4)))
+    lab = Recipient(site, "risk-lab")
+    exchange(gateway, lab, lab.record(), lab.query("windows"))
+    (window,) = lab.reply().body["windows"]
+    assert (window["device"], window["class"], window["count"]) == ("dev-cam1", 4, 1)
+    exchange(gateway, lab, lab.query("report", kind="round", subject="1", report={"leakage_bound": 0.25}))
+    assert lab.reply().ok
+    exchange(gateway, lab, lab.query("report", kind="weather", subject="1", report={}))
+    assert not lab.reply().ok
