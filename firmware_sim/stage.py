@@ -33,6 +33,7 @@ def run_scenario(path: Path, folder: Path, *, devices: int | None = None) -> dic
     Raises:
         EdgeprivError: the scenario is wrong, or a process did not come up.
     """
+    require_mosquitto()
     scenario = load_scenario(path)
     if devices is not None:
         scenario = _resized(scenario, folder, devices)

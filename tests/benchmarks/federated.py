@@ -255,7 +255,7 @@ def main() -> None:
     elif args.quick:
         plan = [(4, 200_000, True), (4, 200_000, False)]
     else:
-        plan = [(32, 11_000_000, True), (8, 1_000_000, False), (128, 1_000_000, False), (1000, 25_000, False)]
+        plan = [(32, 11_000_000, True), (8, 4_000_000, False), (128, 4_000_000, False), (1000, 25_000, False)]
     document = {"schema": "edgepriv.bench-federated/1", "runs": [], "flower": None}
     for devices, parameters, masked in plan:
         print(f"{devices} devices x {parameters} parameters, masked {masked} ...", file=sys.stderr)
