@@ -45,6 +45,7 @@ class Options:
     threads: int = 1
     seed: int = 0
     steps: int | None = None
+    trainable: str = ""
 
 
 def make_bundle(
@@ -83,6 +84,7 @@ def make_bundle(
         name=name,
         now_s=now_s,
         about=about,
+        trainable=[name.strip() for name in options.trainable.split(",") if name.strip()],
     )
     report["secrets"] = {"key": bundle.key, "decoys": secret}
     return bundle, report

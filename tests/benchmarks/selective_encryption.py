@@ -198,7 +198,7 @@ def main() -> None:
     flags = parser.parse_args()
     torch.set_num_threads(flags.threads)
     if flags.denoise:
-        steps = 20_000 if flags.full else 500
+        steps = 20_000 if flags.full else 300
         result = denoise_report(depth=8, width=24, steps=steps, device=flags.device, full=flags.full)
     elif flags.startup:
         result = startup_report()

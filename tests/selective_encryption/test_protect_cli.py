@@ -178,6 +178,28 @@ def test_protect_refuses_when_an_attacker_gains_too_much(digits_model, tmp_path)
     assert not (tmp_path / "p" / "manifest.cbor").exists()
 
 
+def test_an_encrypted_tensor_is_never_trainable(protected, digits_model, tmp_path):
+    with pytest.raises(EdgeprivError, match="trainable tensors are encrypted"):
+        command(
+            *("protect", digits_model, "--share", "1.0", "--trainable", "0.weight", "--out", tmp_path / "p"),
+            *("--check", "none"),
+        )
+
+
+def test_a_named_architecture_with_weights_is_protected_without_data(tmp_path):
+    from safetensors.torch import save_file
+
+    network = architectures.build("dncnn")
+    save_file({k: v.contiguous() for k, v in network.state_dict().items()}, str(tmp_path / "w.safetensors"))
+    report = command(
+        *("protect", "--arch", "dncnn", "--weights", tmp_path / "w.safetensors", "--input", "1,32,32"),
+        *("--out", tmp_path / "p", "--task", "denoise", "--json"),
+    )
+    assert report["selection"] == "magnitude"
+    assert report["plain"] is None
+    assert (tmp_path / "p" / "carrier.onnx").is_file()
+
+
 def test_bad_models_are_clear_errors(tmp_path):
     (tmp_path / "x.onnx").write_bytes(b"not a model")
     with pytest.raises(DataError, match="not an ONNX model"):
