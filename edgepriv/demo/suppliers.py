@@ -58,7 +58,7 @@ def await_verdicts(
     deadline, shown = time.monotonic() + PATIENCE_S, -1
     while time.monotonic() < deadline:
         listed = {m["id"]: m for m in gateway("models", "list")["models"] if m["digest"] in offered.values()}
-        judged = sum(bool(m["verdict"]) and m["verdict"] != "missing" for m in listed.values())
+        judged = sum(bool(m["verdict_bytes"]) for m in listed.values())
         if judged != shown:
             shown = judged
             progress(f"the risk service has judged {judged} of {len(offered)} offered models")
