@@ -169,7 +169,7 @@ class Spool:
         return bytes(row[0]) if row else None
 
     def remove(self, digest: bytes) -> bool:
-        """Forget an acknowledged item, and its epoch record when that was its last item of an old epoch."""
+        """Forget an acknowledged item; `drop_finished_epochs` forgets records that no item needs."""
         row = self._db.execute("SELECT id, place, size FROM items WHERE digest = ?", (digest,)).fetchone()
         if row is None:
             return False
