@@ -387,6 +387,10 @@ class Conductor:
     def _finish_sum(self, current: Round, folder: Path, base: Path, out: Path) -> aggregate.Result:
         plan, opened = current.plan, current.opened
         unmask = self._unmaskers.pop(plan.round, None)
+        if plan.privacy == MASKED and unmask is None:  # after a restart: the reveals are stored, the seeds are not
+            from gateway.unmasking import rebuild
+
+            unmask = rebuild(current, current.reveals_for_unmasking(), self.trust)
         if plan.publish == "partial":
             return shards.export_partial(folder, opened, out, unmask=unmask)
         return aggregate.finish(

@@ -408,7 +408,11 @@ class Round:
         if len(self.reveals) < max(self.threshold, self.tried + 1):
             return []
         self.tried = len(self.reveals)
-        return [RemoveMasks(tuple(self.sharers), tuple(self.survivors), dict(self.reveals))]
+        return [self.reveals_for_unmasking()]
+
+    def reveals_for_unmasking(self) -> RemoveMasks:
+        """All that devices have revealed."""
+        return RemoveMasks(tuple(self.sharers), tuple(self.survivors), dict(self.reveals))
 
     def masks_removed(self, now: float) -> list[Action]:
         """The seeds were rebuilt and checked: the sum can be opened."""

@@ -47,6 +47,23 @@ def test_a_third_of_the_devices_vanishing_after_masking_still_gives_the_sum_of_t
     assert np.array_equal(fleet.weights(record)["w"], _expected(deltas, rest))
 
 
+def test_a_gateway_that_dies_before_the_weights_are_written_rebuilds_the_seeds(tmp_path):
+    fleet, deltas = _fleet(tmp_path, 8)
+    fleet.open(fleet.plan({"w": np.zeros(40, np.float32)}, privacy="masked", max_weight=5, min_cohort=4))
+    finish, fleet.conductor._finish = fleet.conductor._finish, lambda current: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        fleet.run()
+    fleet.conductor._finish = finish
+    fleet.conductor._unmaskers.clear()
+    assert fleet.conductor.rounds[1].state == "finishing"
+    fleet.store.save(1, fleet.conductor.rounds[1].to_bytes())
+    fleet.conductor.rounds.clear()
+    fleet._gateway(fleet.conductor.resume(fleet.now))
+    record = fleet.store.closed[-1]
+    assert record.outcome == "done", record.reason
+    assert np.array_equal(fleet.weights(record)["w"], _expected(deltas, range(8)))
+
+
 def test_too_many_vanishing_aborts_the_round(tmp_path):
     fleet, _ = _fleet(tmp_path, 8)
     fleet.hold = {f"dev-{i:03d}" for i in range(5)}
