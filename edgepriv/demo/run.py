@@ -22,7 +22,7 @@ from edgepriv.demo import processes, site, suppliers
 from edgepriv.demo.prepare import prepare
 from edgepriv.demo.updates import update_views
 from edgepriv.device.capture import open_source
-from edgepriv.errors import TemporaryError
+from edgepriv.errors import DataError, TemporaryError
 from edgepriv.federated import head
 from edgepriv.wire.update import decode_update
 
@@ -118,7 +118,10 @@ def run_demo(options: DemoOptions, progress: Callable[[str], None]) -> Outcome:
         outcome.audits = suppliers.reports(place, offered, listed)
         progress("what an update of this fleet would have shown")
         masked = site.round_privacy(options.devices) == "masked"
-        outcome.updates = update_views(prepared, masked=masked, seed=options.seed)
+        try:
+            outcome.updates = update_views(prepared, masked=masked, seed=options.seed)
+        except DataError as error:  # with very few pictures a canary's update may move nothing
+            progress(f"the attack on a canary's update read nothing: {error}")
         progress("stopping all processes")
     outcome.seconds = time.monotonic() - started
     return outcome
