@@ -33,6 +33,8 @@ def main() -> None:
 
 
 def _attack(breaching, case):
+    from omegaconf import OmegaConf
+
     from edgepriv.risk import models
 
     spec = json.loads(str(case["spec"]))
@@ -49,6 +51,7 @@ def _attack(breaching, case):
         if "double_opponents" in cfg.attack.regularization.total_variation:
             cfg.attack.regularization.total_variation.double_opponents = False
     if spec["steps"] > 1 and "features" in cfg.attack.regularization:
+        OmegaConf.set_struct(cfg, False)
         del cfg.attack.regularization["features"]  # it measures features of one step only and fails on updates
     setup = {"dtype": torch.float, "device": torch.device("cpu")}
     attacker = breaching.attacks.prepare_attack(model, torch.nn.CrossEntropyLoss(), cfg.attack, setup)
