@@ -163,7 +163,7 @@ def matched_dp_sgd(parts: studies.Parts, settings: studies.Settings, wanted: flo
     """The smallest epsilon of a grid whose accuracy reaches the release's (else the largest tried)."""
     mask = draw_masks(1, settings.audit_records, np.random.default_rng(9))[0]
     rows = np.nonzero(mask[: len(parts.private[0])])[0]
-    base = replace(settings.recipe, batch_size=128, learning_rate=2e-3)
+    base = replace(settings.recipe, epochs=60, learning_rate=4e-3)
     rate = min(1.0, base.batch_size / len(rows))
     steps = base.epochs * max(1, round(1 / rate))
     for epsilon in (2.0, 8.0, 32.0, 128.0, 512.0):
