@@ -21,7 +21,7 @@ def digit_models(tmp_path_factory, digits_probes):
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("digit-models")
     data = TrainingSet.of(digits_probes[1].images, digits_probes[1].labels)
-    recipe = Recipe(epochs=25, batch=50)
+    recipe = Recipe(epochs=16, batch=50)
     pairs = {"vicious": train(recipe, data), "honest": train(recipe.honest(), data)}
     for name, pair in pairs.items():
         write_onnx(pair.classifier, data.shape, 10, folder / f"{name}.onnx")
