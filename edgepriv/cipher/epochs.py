@@ -77,6 +77,8 @@ class DeviceEpoch:
             RefusedError: the owner's policy forbids the setting.
         """
         check_listed(identity, trust)
+        if identity.public.role != "device":
+            raise TrustError(f"{identity.name} is no device: only devices seal frames", hint="give a device's key")
         policy = trust.policy_for(identity.name)
         recipients = _recipients(trust, policy)
         auth = _auth(policy, len(recipients))

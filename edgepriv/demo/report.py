@@ -24,7 +24,7 @@ PHOTOGRAPHS = ("astronaut", "coffee", "camera")
 
 def summary(outcome: Outcome, report: Path) -> dict[str, Any]:
     """The document that ``edgepriv demo --json`` ends with."""
-    released = sum(row["count"] for row in outcome.outputs)
+    aggregated = sum(row["count"] for row in outcome.outputs)
     return {
         "schema": SCHEMA,
         "frames": {
@@ -34,8 +34,8 @@ def summary(outcome: Outcome, report: Path) -> dict[str, Any]:
             "opened_identical": outcome.opened_identical,
         },
         "outputs": {
-            "released": outcome.captured,
-            "aggregated": released,
+            "released": outcome.released,
+            "aggregated": aggregated,
             "policy": POLICY,
             "bits_per_inference": round(parse_policy(POLICY).bits(outcome.classes), 3),
         },

@@ -58,6 +58,7 @@ class Outcome:
     broker: str = ""
     captured: int = 0
     stored: int = 0
+    released: int = 0
     opened_identical: int = 0
     samples: list[dict[str, Any]] = field(default_factory=list)
     outputs: list[dict[str, Any]] = field(default_factory=list)
@@ -123,8 +124,18 @@ def run_demo(options: DemoOptions, progress: Callable[[str], None]) -> Outcome:
         except DataError as error:  # with very few pictures a canary's update may move nothing
             progress(f"the attack on a canary's update read nothing: {error}")
         progress("stopping all processes")
+    outcome.released = released_outputs(logs, place)
     outcome.seconds = time.monotonic() - started
     return outcome
+
+
+def released_outputs(logs: Path, place: site.Site) -> int:
+    """Outputs that the devices made durable, from the report with which each of them ended."""
+    total = 0
+    for name in place.devices:
+        last = (logs / f"{name}.log").read_text(errors="replace").strip().splitlines()[-1]
+        total += int(json.loads(last)["counters"]["spooled_outputs"])
+    return total
 
 
 def run_json(command: list[str]) -> dict[str, Any]:
@@ -162,7 +173,7 @@ def start_site(stage: Stage, outcome: Outcome) -> None:
             frames=options.frames,
             masked=site.round_privacy(options.devices) == "masked",
         )
-        children.start(name, processes.python_command("edgepriv", "device", "run", "--config", str(device)))
+        children.start(name, processes.python_command("edgepriv", "device", "run", "--json", "--config", str(device)))
 
 
 def device_seed(options: DemoOptions, index: int) -> int:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import signal
 import time
 from typing import TYPE_CHECKING, Any
 
+from edgepriv.device.config import load_config
 from edgepriv.device.start import start_device
+from edgepriv.errors import TemporaryError
 from edgepriv.mqtt import Inbound  # noqa: TC001 - the offline link below is a real Link
 from edgepriv.notify import Notifier
 
@@ -20,6 +24,7 @@ IDLE_S = 0.005
 def run_device(config: Path) -> dict[str, Any]:
     """Run until a signal, or until the frames asked for are acknowledged; returns counters and what still waits."""
     harden_process()
+    lock = lock_state(load_config(config).device.state)
     runtime = start_device(config)
     stop = _stop_on_signals()
     notifier = Notifier()
@@ -45,7 +50,24 @@ def run_device(config: Path) -> dict[str, Any]:
         "pending": runtime.stages.spool.pending(),
     }
     runtime.finish()
+    os.close(lock)
     return report
+
+
+def lock_state(state: Path) -> int:
+    """Keep a second process from the same state folder; returns the descriptor that holds the lock.
+
+    Raises:
+        TemporaryError: another process runs this device.
+    """
+    state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    descriptor = os.open(state / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise TemporaryError(f"{state} is in use by another process", hint="stop the other device first") from error
+    return descriptor
 
 
 def harden_process() -> None:
