@@ -26,7 +26,6 @@ from vicious_models import (
     SIDE,
     honest_entries,
     measure_set,
-    middle_of,
     open_data,
     references,
     vicious_entries,
@@ -134,7 +133,7 @@ def calibrate(args):
     data = open_data(args.data / "mnist")
     found = references(data, args.cache)
     entries = vicious_entries(300, adapted=False) + honest_entries(100, many=False)
-    models = measure_set(entries, "calibrate", data, args.cache, {})
+    models = measure_set(entries, "calibrate", data, args.cache)
     bad = np.array([not m["stratum"].startswith("honest") for m in models])
     x = np.array([[d[name] for name in USED] for d in differences(models, found)])
     scale = x.std(0)
@@ -175,7 +174,7 @@ def judged_models(args):
     data = open_data(args.data / "mnist")
     found = references(data, args.cache)
     entries = vicious_entries(700, adapted=True) + honest_entries(500, many=True)
-    return data, found, measure_set(entries, "judge", data, args.cache, middle_of(found))
+    return data, found, measure_set(entries, "judge", data, args.cache)
 
 
 def detection(args):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgepriv.datasets import load
-from edgepriv.risk.reconstruction.adaptive import detector_loss
+from edgepriv.risk.reconstruction.adaptive import BatchAuditor, detector_loss, honest_level
 from edgepriv.risk.reconstruction.attack import accuracy_of, attack_scores, succeeded
 from edgepriv.risk.reconstruction.calibration import SHIPPED
 from edgepriv.risk.reconstruction.decoders import DecoderSettings
@@ -100,15 +100,15 @@ def vicious_entries(first_seed: int, *, adapted: bool) -> list[Entry]:
     entries = [Entry("strong", r) for r in strong] + [Entry("weak", r) for r in weak]
     if adapted:
         entries += [Entry("softmax", r) for r in softmax]
-        slow = replace(base, batch=500, epochs=40, learning_rate=2e-3)
-        entries += [Entry("adapted", slow, weight) for weight in (0.2, 0.5, 0.5, 1.0, 1.0)]
+        slow = replace(base, batch=500, epochs=24, learning_rate=2e-3)
+        entries += [Entry("adapted", slow, weight) for weight in (0.2, 0.5, 1.0, 2.0, 5.0)]
     return [replace(e, recipe=replace(e.recipe, seed=first_seed + i)) for i, e in enumerate(entries)]
 
 
-def measured(entry: Entry, part: str, data: Data, reference: dict[str, float]) -> dict:
+def measured(entry: Entry, part: str, data: Data) -> dict:
     """Train one model and return its features, its accuracy and, for an attack, how well it worked."""
     training, bench = data.parts[part], data.bench
-    extra = detector_loss(SHIPPED, reference, 10, entry.adapted) if entry.adapted else None
+    extra = adapted_loss(entry, training) if entry.adapted else None
     pair = train(entry.recipe, training, extra_loss=extra)
     x = pictures_of(bench.images)
     network = exported(pair.classifier, entry.recipe.architecture, training)
@@ -134,6 +134,13 @@ def measured(entry: Entry, part: str, data: Data, reference: dict[str, float]) -
             "succeeded": succeeded(own, best),
         }
     return found
+
+
+def adapted_loss(entry: Entry, training: TrainingSet):
+    """The detector as this attacker knows it, against an honest model of his own."""
+    own = train(replace(entry.recipe.honest(), epochs=16, seed=entry.recipe.seed + 50), training).classifier
+    level = honest_level(BatchAuditor(10), own, training.pictures, training.targets, entry.recipe.batch)
+    return detector_loss(SHIPPED, level, 10, entry.adapted)
 
 
 def exported(network: torch.nn.Module, architecture: str, data: TrainingSet) -> torch.nn.Module:
@@ -168,20 +175,14 @@ def references(data: Data, cache: Path, count: int = 5) -> dict[str, list[dict]]
     return found
 
 
-def measure_set(entries: list[Entry], part: str, data: Data, cache: Path, middle: dict[str, float]) -> list[dict]:
-    """Measure every entry, from the cache where it is there; ``middle``: what the adapted attackers aim at."""
+def measure_set(entries: list[Entry], part: str, data: Data, cache: Path) -> list[dict]:
+    """Measure every entry, from the cache where it is there."""
     results = []
     for at, entry in enumerate(entries):
         started = time.monotonic()
         against = zlib.crc32(json.dumps(SHIPPED.weights, sort_keys=True).encode())
         name = f"{part}-{entry.key}" + (f"-{against:08x}" if entry.adapted else "")
-        results.append(cached(cache / f"{name}.json", lambda entry=entry: measured(entry, part, data, middle)))
+        results.append(cached(cache / f"{name}.json", lambda entry=entry: measured(entry, part, data)))
         took = time.monotonic() - started
         print(f"{part} {at + 1}/{len(entries)} {entry.key} {took:.0f} s", file=sys.stderr, flush=True)
     return results
-
-
-def middle_of(found: dict[str, list[dict]]) -> dict[str, float]:
-    """Mean features of the honest cnn references."""
-    names = ("ridge", "ridge_log_softmax", "effective_rank", "log_spread")
-    return {key: float(np.mean([r[key] for r in found["cnn"]])) for key in names}

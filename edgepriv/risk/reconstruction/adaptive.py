@@ -46,38 +46,50 @@ class BatchAuditor:
         return value
 
 
-def effective_rank(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Differentiable twin of :func:`detectors.effective_rank`."""
-    member = torch.nn.functional.one_hot(y, z.shape[1]).to(z)
-    centred = z - (member @ ((member.T @ z) / member.sum(0).clamp_min(1)[:, None]))
-    covariance = centred.T @ centred / len(z)
-    return torch.trace(covariance) ** 2 / (covariance**2).sum().clamp_min(1e-12)
+def batch_features(
+    auditor: BatchAuditor, logits: torch.Tensor, pictures: torch.Tensor, targets: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Return the detector's differentiable features of one batch; lower than the audit's, which sees more pictures."""
+    x = pictures.flatten(1)
+    return {
+        "ridge": auditor.explained_variance(logits, x, targets),
+        "ridge_log_softmax": auditor.explained_variance(torch.log_softmax(logits, 1), x, targets),
+    }
+
+
+def honest_level(
+    auditor: BatchAuditor, network: torch.nn.Module, pictures: torch.Tensor, targets: torch.Tensor, batch: int
+) -> dict[str, float]:
+    """Mean batch features of an honest model that this attacker trained for himself: what he aims at."""
+    network.eval()
+    found: list[dict[str, torch.Tensor]] = []
+    with torch.no_grad():
+        for at in range(0, len(pictures) - batch + 1, batch):
+            x, y = pictures[at : at + batch], targets[at : at + batch]
+            found.append(batch_features(auditor, network(x), x, y))
+    return {name: float(torch.stack([one[name] for one in found]).mean()) for name in found[0]}
 
 
 def detector_loss(
-    calibration: Calibration, reference: dict[str, float], outputs: int, weight: float = 1.0
+    calibration: Calibration, level: dict[str, float], outputs: int, weight: float = 1.0
 ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
     """Return a loss term: softplus of the detector's score on the batch.
 
     Args:
-        calibration: of the shipped detector.
-        reference: mean features of honest models, which this attacker trained for himself.
+        calibration: of the shipped detector; the trained decoder's weight is put on the ridge, which stands in for it.
+        level: of an honest model, from :func:`honest_level` with the same batch size.
         outputs: number of the classifier's outputs.
         weight: of the term.
     """
     auditor = BatchAuditor(outputs)
+    weights = {"ridge": calibration.weights.get("ridge", 0.0) + calibration.weights.get("trained", 0.0)}
+    weights["ridge_log_softmax"] = calibration.weights.get("ridge_log_softmax", 0.0)
 
     def loss(logits: torch.Tensor, pictures: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        x, logs = pictures.flatten(1), torch.log_softmax(logits, 1)
-        seen = {
-            "ridge": auditor.explained_variance(logits, x, targets),
-            "ridge_log_softmax": auditor.explained_variance(logs, x, targets),
-            "effective_rank": effective_rank(logits, targets),
-            "log_spread": torch.log(logits.std(0).mean() + 1e-12),
-        }
+        found = batch_features(auditor, logits, pictures, targets)
         score = torch.as_tensor(calibration.bias).to(logits)
-        for name, value in seen.items():
-            score = score + calibration.weights.get(name, 0.0) * (value - reference[name])
+        for name, value in found.items():
+            score = score + weights[name] * (value - level[name])
         return weight * torch.nn.functional.softplus(score)
 
     return loss
