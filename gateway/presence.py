@@ -26,7 +26,6 @@ class Presence:
         self._store = store
         self._heard: dict[str, tuple[float, int]] = {}
         self._status: dict[str, tuple[Status, float]] = {}
-        self.trust_versions: dict[str, int] = {}
 
     def heard(self, party: str, epoch: int, now: float) -> None:
         """A party sent something authentic."""
@@ -35,7 +34,6 @@ class Presence:
     def status(self, party: str, status: Status, now: float) -> None:
         """A device told how it is."""
         self._status[party] = (status, now)
-        self.trust_versions[party] = status.trust_version
 
     def flush(self) -> None:
         """Write what was collected."""
