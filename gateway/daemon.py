@@ -208,8 +208,10 @@ class Gateway:
         windows = outputs.finished(self.store.database, before=now - settings.grace_s)
         if not windows or (settings.publish_mqtt and not self.link.connected):
             return
-        document = {"schema": outputs.SCHEMA, "gateway": self.name, "windows": windows}
-        raw = json.dumps(document, separators=(",", ":")).encode()
+        document, raw = self._document(windows)
+        while len(raw) > self.link.max_packet_bytes and len(windows) > 1:  # long model names: in several packets
+            windows = windows[: len(windows) // 2]
+            document, raw = self._document(windows)
         if settings.publish_mqtt and not self.link.send(f"{topics.ROOT}/{self.name}/out/windows", raw):
             return
         if self.webhook is not None:
@@ -217,6 +219,10 @@ class Gateway:
         with self.store.batch():
             outputs.mark_published(self.store.database, windows)
         self.metrics.windows_published.inc(len(windows))
+
+    def _document(self, windows: list[dict[str, Any]]) -> tuple[dict[str, Any], bytes]:
+        document = {"schema": outputs.SCHEMA, "gateway": self.name, "windows": windows}
+        return document, json.dumps(document, separators=(",", ":")).encode()
 
     def _keep_house(self, now: float) -> None:
         expired = self.store.expire(now - self.config.store.max_age_days * 86_400, now=now)

@@ -103,6 +103,19 @@ def test_nothing_is_marked_as_published_that_the_broker_did_not_take(site):
     assert [p for p in gateway.link.sent if p.topic.endswith("/out/windows")]
 
 
+def test_long_model_names_are_published_in_packets_that_the_broker_takes(site):
+    gateway, device = site.gateway(), Device(site)
+    gateway.link.max_packet_bytes = 8000
+    exchange(gateway, device, device.record())
+    exchange(gateway, device, *[device.seal(device.output(label=i, model="m" * 3000)) for i in range(12)])
+    for _ in range(20):
+        site.now += 10
+        gateway.step()
+    packets = [p for p in gateway.link.sent if p.topic.endswith("/out/windows")]
+    assert sum(len(json.loads(p.payload)["windows"]) for p in packets) == 12
+    assert max(len(p.payload) for p in packets) <= 8000
+
+
 def test_an_unknown_grouping_is_a_clear_error(site):
     with pytest.raises(ConfigError, match="cannot group"):
         summary(site.gateway().store.database, since=0, by=("colour",))

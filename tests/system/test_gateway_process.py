@@ -69,7 +69,7 @@ def test_frames_and_outputs_are_stored_aggregated_published_and_fetched(site):
     deadline = time.monotonic() + 25
     while sum(w["count"] for w in published) < 10 and time.monotonic() < deadline:
         for packet in watcher.link.receive():
-            if "/out/" in packet.topic:
+            if packet.topic.endswith("/out/windows"):
                 published += json.loads(packet.payload)["windows"]
         time.sleep(0.1)
     assert sum(w["count"] for w in published) == 10
