@@ -70,6 +70,12 @@ class Mixture:
         z = noise.normal(count, self.means.shape[1])
         return np.asarray(self.means[picks] + np.einsum("nij,nj->ni", self.factors[picks], z))
 
+    def log_density(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Logarithm of the density at each row, up to a constant [n]."""
+        logs = _component_logs(rows, self.weights, self.means, self.factors)
+        top = logs.max(1)
+        return np.asarray(top + np.log(np.exp(logs - top[:, None]).sum(1)))
+
 
 def fit_mixture(rows: NDArray[np.float64], noise: PrfNoise, *, components: int = COMPONENTS) -> Mixture:
     """Fit a full-covariance mixture by expectation-maximisation; fewer components where rows are few."""
@@ -99,14 +105,24 @@ def _duties(
     covariances: NDArray[np.float64],
 ) -> NDArray[np.float64]:
     """Posterior of each component for each row [n, k]."""
-    logs = np.empty((len(rows), len(weights)))
-    for j, (mean, covariance) in enumerate(zip(means, covariances, strict=True)):
-        factor = np.linalg.cholesky(covariance)
-        z = np.linalg.solve(factor, (rows - mean).T)
-        logs[:, j] = np.log(weights[j] + 1e-300) - np.log(np.diag(factor)).sum() - 0.5 * (z**2).sum(0)
+    logs = _component_logs(rows, weights, means, np.asarray(np.linalg.cholesky(covariances)))
     logs -= logs.max(1, keepdims=True)
     duty = np.exp(logs)
     return np.asarray(duty / duty.sum(1, keepdims=True))
+
+
+def _component_logs(
+    rows: NDArray[np.float64],
+    weights: NDArray[np.float64],
+    means: NDArray[np.float64],
+    factors: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """Log of weight times density for each row and component [n, k], up to one constant."""
+    logs = np.empty((len(rows), len(weights)))
+    for j, (mean, factor) in enumerate(zip(means, factors, strict=True)):
+        z = np.linalg.solve(factor, (rows - mean).T)
+        logs[:, j] = np.log(weights[j] + 1e-300) - np.log(np.diag(factor)).sum() - 0.5 * (z**2).sum(0)
+    return logs
 
 
 def channel_scales(

@@ -2,8 +2,9 @@
 
 Who the attacker is: has the published layer and knows the method, but not the positions. Makes training data from
 the layer itself: encrypts random kernels of it in the same way, and learns to tell those decoys from the rest.
-Detectors: ``A`` moments and smoothness of a kernel; ``A+NN`` also distances to its nearest neighbours; ``B`` also its
-norm and direction relative to its output and input channel.
+Detectors: ``A`` moments, smoothness and likelihood ratio of a kernel (a mixture fitted to the layer against the
+published N(mu, sd)); ``A+NN`` also distances to its nearest neighbours; ``B`` also its norm and direction relative to
+its output and input channel, and the ratio for kernels normalised by both.
 """
 
 from __future__ import annotations
@@ -36,11 +37,14 @@ def kernel_features(rows: NDArray[np.float64], inputs: int, detector: str) -> ND
         _smoothness(k),
         np.sort(np.abs(k), 1),
         k,
+        _likelihoods(k, np.ones(len(k))),
     ]
     if detector != "A":
         parts.append(_neighbours(k))
     if detector == "B":
         parts.append(_relative(k, inputs))
+        out, into = decoys.channel_scales(k, inputs, np.ones(len(k), bool))
+        parts.append(_likelihoods(k, (out[:, None] * into[None, :]).reshape(-1)))
     return np.concatenate(parts, 1)
 
 
@@ -53,6 +57,18 @@ def _smoothness(k: NDArray[np.float64]) -> NDArray[np.float64]:
     across = np.abs(np.diff(square, axis=2)).mean((1, 2))
     centre = square[:, side // 2, side // 2]
     return np.stack([down, across, centre, square[:, 0].mean(1), square[:, -1].mean(1)], 1)
+
+
+def _likelihoods(k: NDArray[np.float64], scale: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Log density under a mixture of the layer's scaled kernels and under N(mu, sd), and their difference."""
+    if k.shape[1] > decoys.MAX_FULL_TAPS:
+        return np.zeros((len(k), 1))
+    unit = k / scale[:, None]
+    mixture = decoys.fit_mixture(unit, decoys.PrfNoise(b"attacker" * 4, bytes(16), "fit"), components=8)
+    ours = mixture.log_density(unit) - k.shape[1] * np.log(scale)
+    z = (k - k.mean(0)) / (k.std(0) + 1e-12)
+    published = -0.5 * (z**2).sum(1) - np.log(k.std(0) + 1e-12).sum()
+    return np.stack([ours, published, ours - published], 1)
 
 
 def _neighbours(k: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -117,6 +133,15 @@ def layer_auc(
         model.fit(np.concatenate(features), np.concatenate(labels))
     scores = model.predict_proba(kernel_features(published.astype(np.float64), inputs, detector))[:, 1]
     return float(roc_auc_score(selected, scores))
+
+
+def mixed_layers(layers: Sequence[Layer], selected: Mapping[str, NDArray[np.bool_]]) -> list[Layer]:
+    """Layers with enough encrypted and enough clear kernels for a detector to be trained and judged."""
+    return [
+        layer
+        for layer in layers
+        if layer.unit_size >= 4 and min(selected[layer.name].sum(), (~selected[layer.name]).sum()) >= MIN_EACH
+    ]
 
 
 def detect(

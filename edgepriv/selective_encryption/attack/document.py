@@ -100,18 +100,19 @@ def decoy_rows(
 ) -> list[dict[str, Any]]:
     """Each detector on our decoys and on the published ones, with BatchNorm folded and not.
 
-    ``auc_on_dprm`` is the published scheme as published: DPRM decoys, one ratio of each layer.
+    ``auc_on_dprm``: the published decoys at the published ratio in the same layers (the positive control).
     """
     folded, count = carrier.fold_batchnorm(subject.original)
     forms = [(True, folded), *([(False, subject.original)] if count else [])]
     rows = []
     for is_folded, model in forms:
         ours = _masked(model, subject.layers, subject.selected, subject.kind)
-        published = published_choice(subject.layers)
-        theirs = _masked(model, subject.layers, published, "dprm")
+        layers = detect.mixed_layers(subject.layers, subject.selected)
+        published = published_choice(layers) if layers else {}
+        theirs = _masked(model, layers, published, "dprm")
         for name in detectors:
             auc = detect.detect(ours, subject.layers, subject.selected, name, kind=subject.kind)
-            dprm = detect.detect(theirs, subject.layers, published, name, kind="dprm")
+            dprm = detect.detect(theirs, layers, published, name, kind="dprm")
             rows.append({"detector": name, "bn_folded": is_folded, "auc": auc, "auc_on_dprm": dprm})
             log(f"detector {name}, BatchNorm {'folded' if is_folded else 'kept'}: {auc:.3f}; on DPRM {dprm:.3f}")
     return rows
