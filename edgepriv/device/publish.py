@@ -31,6 +31,7 @@ WINDOW_BYTES = 4 << 20
 MAX_UPLOADS = 4
 RESEND_S = 10.0
 FAILED_BACKOFF_S = 30.0
+SILENCE_S = 30.0
 
 
 @dataclass(slots=True)
@@ -61,6 +62,7 @@ class Publisher:
         self._generation = -1
         self._known_epochs: set[bytes] = set()
         self._epoch_sent: dict[bytes, float] = {}
+        self._heard, self._answered = 0.0, False
         self._in_flight: OrderedDict[bytes, tuple[float, int]] = OrderedDict()
         self._uploads: dict[bytes, _Upload] = {}
         self._after = 0
@@ -82,6 +84,8 @@ class Publisher:
         """Send what may be sent now; True when something went out."""
         if not self._link.connected:
             return False
+        if self._answered or self._link.generation != self._generation:
+            self._answered, self._heard = False, now
         if self._link.generation != self._generation:
             self._generation = self._link.generation
             self._in_flight.clear()
@@ -106,9 +110,12 @@ class Publisher:
         return False
 
     def _send_items(self, now: float) -> None:
-        for digest, (sent_at, _) in list(self._in_flight.items()):
-            if now - sent_at >= RESEND_S:  # lost, or dropped here since: it must not fill the window for ever
-                del self._in_flight[digest]
+        late = [digest for digest, (sent_at, _) in self._in_flight.items() if now - sent_at >= RESEND_S]
+        for digest in late:  # lost, or dropped here since: it must not fill the window for ever
+            del self._in_flight[digest]
+        if late and now - self._heard >= SILENCE_S:  # a gateway that lost its store cannot say so: announce anew
+            self.forget_epochs()
+            self._heard = now
         limit, idle = WINDOW_ITEMS + len(self._in_flight), 0
         rows = self._spool.waiting(limit, after=self._after)
         for item in rows:
@@ -175,6 +182,7 @@ class Publisher:
 
     def on_grant(self, grant: Grant, now: float) -> None:
         """Queue the chunks that the gateway asks for (WireError when they lie outside the object)."""
+        self._answered = True
         upload = self._uploads.get(grant.ref)
         if upload is None:
             return
@@ -185,6 +193,7 @@ class Publisher:
 
     def on_ack(self, ack: Ack) -> str | None:
         """Act on an acknowledgement; returns what became of which kind, or None when it names nothing of ours."""
+        self._answered = True
         if ack.digest in self._epoch_sent or self._spool.epoch_record(ack.digest) is not None:
             if ack.outcome in {"stored", "duplicate"}:
                 self._known_epochs.add(ack.digest)

@@ -303,3 +303,17 @@ def test_status_tells_the_gateway_the_counters(world):
     device = world.device()
     world.run(turns=400, until=lambda: world.gateway.totals["status_noted"] >= 1 and world.settled())
     assert dataclasses.asdict(device.status(world.site.now))["counters"]["captured"] == 10
+
+
+def test_a_gateway_that_lost_its_store_is_told_the_epoch_again(world):
+    device = world.device(run=RunConfig(frames=40, interval_s=1.0))
+    world.run(turns=60, until=lambda: len(world.stored()) >= 2)
+    publisher = device.stages.publisher
+    known = device.stages.sealer.epoch_digest
+    assert publisher.epoch_known(known)
+    sent, world.gateway.step = world.gateway.step, lambda: None  # nobody answers any more
+    for _ in range(1000):
+        world.turn(0.1)
+    assert not publisher.epoch_known(known), "after a long silence the record must be announced anew"
+    world.gateway.step = sent
+    world.run(turns=4000)
