@@ -60,6 +60,7 @@ class DriftSection:
 
     min_outputs: int = 200
     threshold: float = 0.25
+    every_s: float = 30.0
 
 
 @dataclass(frozen=True, slots=True)

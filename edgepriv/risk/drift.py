@@ -43,14 +43,15 @@ def stability_index(audited: Sequence[float], seen: Mapping[int, float]) -> floa
 
 
 class DriftWatch:
-    """Counts of released outputs by model, replaced by window so that a corrected window is not counted twice."""
+    """Counts of released outputs by model over the windows that the gateway shows now (its last day)."""
 
     def __init__(self, *, min_outputs: int, threshold: float) -> None:
         self._min_outputs, self._threshold = min_outputs, threshold
         self._windows: dict[str, dict[tuple[str, int, int], int]] = defaultdict(dict)
 
     def take(self, windows: Iterable[Mapping[str, Any]]) -> int:
-        """Take the gateway's windows (schema ``edgepriv.windows/1``); returns how many were well formed."""
+        """Replace what is known by the gateway's windows (``edgepriv.windows/1``); returns how many were well formed."""
+        self._windows.clear()
         taken = 0
         for window in windows:
             try:

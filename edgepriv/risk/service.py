@@ -82,7 +82,7 @@ class RiskService:
         self._gateway: Gateway | None = None
         self._running: dict[bytes, Future[AuditAnswer]] = {}
         self._sent: dict[bytes, float] = {}
-        self._no_windows = False
+        self._no_windows, self._watched = False, -1e18
         if again := self.jobs.recover():
             LOG.info("%d audits were interrupted and are queued again", again)
 
@@ -237,8 +237,9 @@ class RiskService:
 
     def _watch(self, gateway: Gateway) -> None:
         """Compare the fleet's released outputs with the audits."""
-        if self._no_windows:
+        if self._no_windows or self._clock() - self._watched < self.config.drift.every_s:
             return
+        self._watched = self._clock()
         try:
             windows = gateway.query("windows").get("windows", [])
         except (TemporaryError, UnavailableError, WireError):

@@ -14,7 +14,15 @@ from edgepriv.datasets import load
 from edgepriv.device.release import parse_policy
 from edgepriv.errors import ConfigError, EdgeprivError, RiskThresholdError, TemporaryError
 from edgepriv.keys import Identity
-from edgepriv.risk.config import AuditSection, BrokerSection, HttpSection, RiskConfig, RiskSection, load_config
+from edgepriv.risk.config import (
+    AuditSection,
+    BrokerSection,
+    DriftSection,
+    HttpSection,
+    RiskConfig,
+    RiskSection,
+    load_config,
+)
 from edgepriv.risk.drift import DriftWatch, stability_index
 from edgepriv.risk.jobs import MAX_ATTEMPTS, JobQueue
 from edgepriv.risk.pages import answer
@@ -95,6 +103,7 @@ def make(tmp_path):
             RiskSection(tmp_path / "k", tmp_path / "o", tmp_path / "t", "gateway-main", tmp_path / "state"),
             BrokerSection("mqtt://127.0.0.1:1"),
             AuditSection(str(probe), **settings),
+            DriftSection(every_s=0.0),
         )
         pipelines = [parse_policy(spec) for spec in config.audit.policies]
         return RiskService(config, lambda: gateway, KEY.sign, pipelines, InThread(stuck=stuck), clock=clock)
