@@ -50,7 +50,7 @@ class DriftWatch:
         self._windows: dict[str, dict[tuple[str, int, int], int]] = defaultdict(dict)
 
     def take(self, windows: Iterable[Mapping[str, Any]]) -> int:
-        """Replace what is known by the gateway's windows (``edgepriv.windows/1``); returns how many were well formed."""
+        """Replace the counts by the gateway's windows (``edgepriv.windows/1``); returns how many were well formed."""
         self._windows.clear()
         taken = 0
         for window in windows:
