@@ -70,10 +70,28 @@ def _summary(document: dict[str, Any]) -> str:
         reason = f" ({one['reason']})" if one["reason"] else ""
         text = f"  round {one['round']}: {one['outcome']}{reason}, {one['participants']} of {one['invited']} devices"
         lines.append(f"{text}, accuracy {one['accuracy']:.3f}" if one["accuracy"] is not None else text)
+    lines += _data_lines(document["data"], document["untrained_accuracy"])
     frames = document["outputs"]
     lines.append(f"  outputs: {frames['accepted']} accepted by devices, {frames['stored']} stored once")
     lines.append(f"  gateway: {document['gateway_cpu_s']:.1f} CPU-s, peak {document['gateway_peak_mb']:.0f} MB")
     return "\n".join(lines)
+
+
+def _data_lines(data: dict[str, Any], untrained: float) -> list[str]:
+    lines = [f"  accuracy is of real digits that no device saw; the untrained head reaches {untrained:.3f}"]
+    if data["release"]:
+        made = data["release"]
+        text = f"{made['released']} synthetic pictures of {made['records']} records, noise ratio {made['noise_ratio']}"
+        lines.append(f"  devices saw a release: {text}")
+        lines.append(f"  its card: {made['claim']}")
+        lines.append(f"  its card: {made['recommendation']}")
+    if data["probe"]:
+        told = data["probe"]
+        lines.append(
+            f"  audit of the trained model, probed with {told['pictures']} of these pictures: {told['verdict']}"
+        )
+        lines.append(f"    {told['reason']}")
+    return lines
 
 
 def main() -> None:

@@ -33,11 +33,12 @@ from edgepriv.device.config import (
 )
 from edgepriv.device.infer import Inferer
 from edgepriv.device.start import assemble
+from edgepriv.errors import DataError
 from edgepriv.federated.local_update import LocalUpdate
 from edgepriv.mqtt import open_link
 from firmware_sim.clock import SkewedClock
 from firmware_sim.network import Hub, VirtualLink
-from firmware_sim.scenario import Scenario, load_scenario
+from firmware_sim.scenario import DIGITS, Scenario, load_scenario
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -63,11 +64,25 @@ class Virtual:
     parted: bool
 
 
+def labels_seen(folder: Path, scenario: Scenario) -> Any:
+    """The labels of the pictures that the scenario shows to its devices.
+
+    Raises:
+        DataError: not all of the ten classes are there, or more.
+    """
+    spec = scenario.data.found(folder)
+    labels = datasets.load(spec, split="all").labels
+    if set(labels.tolist()) != set(range(LABELS)):
+        raise DataError(f"{spec} does not have the labels 0..{LABELS - 1}", hint="the simulator's model has these")
+    return labels
+
+
 def rows_of(scenario: Scenario, index: int, labels: Any) -> list[int]:
-    """The pictures that device ``index`` sees: few classes each (non-IID), never the held-out ones."""
+    """The pictures that device ``index`` sees: few classes each (non-IID), never the held-out digits."""
     rng = np.random.default_rng([scenario.fleet.seed, 2, index])
     classes = rng.choice(LABELS, scenario.fleet.classes_each, replace=False)
-    allowed = np.flatnonzero(np.isin(labels[HELD_OUT:], classes)) + HELD_OUT
+    first = HELD_OUT if scenario.data.spec == DIGITS else 0
+    allowed = np.flatnonzero(np.isin(labels[first:], classes)) + first
     return [int(row) for row in rng.choice(allowed, scenario.fleet.frames)]
 
 
@@ -94,11 +109,7 @@ def build(folder: Path, scenario: Scenario, names: dict[str, int], broker: str) 
     shared = [open_link(broker, f"{first}-{i}", inflight=64, inbox=8000) for i in range(min(CONNECTIONS, len(names)))]
     for connection in shared:
         connection.wait(30)
-    hub, inferer, labels = (
-        Hub(list(shared)),
-        Inferer.from_file(MODEL, threads=1),
-        datasets.load("digits", split="all").labels,
-    )
+    hub, inferer, labels = Hub(list(shared)), Inferer.from_file(MODEL, threads=1), labels_seen(folder, scenario)
     groups = {
         "attack": chosen(scenario, "attack", scenario.attack.share if scenario.attack.kind != "none" else 0),
         "vanish": chosen(scenario, "vanish", scenario.network.vanish_share),
@@ -136,7 +147,8 @@ def _corrupt(runtime: DeviceRuntime, kind: str) -> None:
 
 def _config(folder: Path, name: str, broker: str, scenario: Scenario, rows: list[int]) -> DeviceConfig:
     fleet = scenario.fleet
-    source = {"kind": "simulated", "data": "digits", "rows": rows, "seed": fleet.seed, "height": SIDE, "width": SIDE}
+    source = {"kind": "simulated", "data": scenario.data.found(folder), "rows": rows, "seed": fleet.seed}
+    source |= {"height": SIDE, "width": SIDE}
     return DeviceConfig(
         device=IdentityConfig(
             key=folder / "keys" / f"{name}.key",

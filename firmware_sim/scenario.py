@@ -6,6 +6,7 @@ devices, data, faults and attackers; times on a real machine still vary, and wha
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from edgepriv.settings import load_settings
 SHIPPED = Path(__file__).parent / "scenarios"
 ATTACKS = ("none", "sign-flip", "scaling", "label-flip")
 MAX_DEVICES = 1000
+DIGITS, RELEASE = "digits", "release"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,26 @@ class FleetSection:
     images: bool = False
     interval_s: float = 0.0
     clock_skew_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class DataSection:
+    """``[data]``: the pictures that the devices see; accuracy is always measured on real digits held out.
+
+    ``spec`` is ``digits``, a data set or release (a path from the scenario's folder), or ``release``: one is made
+    first, with ``noise_ratio`` and ``vae_epochs`` (0: the default), and with the membership audit where ``audited``.
+    ``probe`` hands the pictures to the audit of the trained model's outputs when the rounds are over.
+    """
+
+    spec: str = DIGITS
+    noise_ratio: float = 2.0
+    vae_epochs: int = 0
+    audited: bool = False
+    probe: bool = False
+
+    def found(self, folder: Path) -> str:
+        """What `edgepriv.datasets.load` takes, for a scenario that runs in ``folder``."""
+        return str(folder / RELEASE) if self.spec == RELEASE else self.spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +96,7 @@ class Scenario:
     """The whole file. ``rounds`` are the gateway's settings; ``training`` the recipe of local training."""
 
     fleet: FleetSection = field(default_factory=FleetSection)
+    data: DataSection = field(default_factory=DataSection)
     network: NetworkSection = field(default_factory=NetworkSection)
     attack: AttackSection = field(default_factory=AttackSection)
     run: RunSection = field(default_factory=RunSection)
@@ -96,7 +119,10 @@ def load_scenario(path: Path) -> Scenario:
         raise MissingFileError(f"no such scenario: {path}", hint=f"shipped: {names}")
     scenario = load_settings(Scenario, path)
     _check(scenario)
-    return scenario
+    if scenario.data.spec in {DIGITS, RELEASE}:
+        return scenario
+    spec = str(path.resolve().parent / scenario.data.spec)
+    return dataclasses.replace(scenario, data=dataclasses.replace(scenario.data, spec=spec))
 
 
 def _check(scenario: Scenario) -> None:
@@ -113,3 +139,5 @@ def _check(scenario: Scenario) -> None:
         raise ConfigError(f"[attack] kind is one of {', '.join(ATTACKS)}")
     if not 1 <= fleet.classes_each <= 10:
         raise ConfigError("[fleet] classes_each lies in 1..10")
+    if not scenario.data.noise_ratio > 0 or scenario.data.vae_epochs < 0:
+        raise ConfigError("[data] noise_ratio is above 0, vae_epochs from 0")

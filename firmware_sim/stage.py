@@ -16,8 +16,9 @@ from edgepriv.demo.site import GATEWAY, make_site
 from edgepriv.errors import ConfigError, TemporaryError
 from edgepriv.federated.head import accuracy, new_head
 from edgepriv.wire.update import decode_update, encode_update
-from firmware_sim.fleet import HELD_OUT, LABELS, MODEL, SIDE
-from firmware_sim.scenario import Scenario, load_scenario
+from firmware_sim.fleet import HELD_OUT, LABELS, MODEL, SIDE, labels_seen
+from firmware_sim.release import make_release, probe
+from firmware_sim.scenario import RELEASE, Scenario, load_scenario
 
 if TYPE_CHECKING:
     from edgepriv.demo.processes import Child
@@ -40,6 +41,8 @@ def run_scenario(path: Path, folder: Path, *, devices: int | None = None) -> dic
         path = folder / "scenario.toml"
     site = make_site(folder, scenario.fleet.devices)
     began = time.monotonic()
+    card = make_release(folder, scenario) if scenario.data.spec == RELEASE else None
+    data = {"spec": scenario.data.spec, "pictures": len(labels_seen(folder, scenario)), "release": card}
     with Children(folder) as children:
         broker, _ = start_broker(children, "mosquitto")
         write_gateway(folder, broker, scenario)
@@ -57,12 +60,15 @@ def run_scenario(path: Path, folder: Path, *, devices: int | None = None) -> dic
         cpu_s, peak_mb = _usage(gateway.process.pid)
         reports = [_stop(worker, folder, part) for part, worker in enumerate(workers)]
         accepted = sum(r["counters"].get("accepted", 0) for r in reports)
+        data["probe"] = stage.probe(rounds) if scenario.data.probe else None
         return {
             "schema": "edgepriv.sim/1",
             "scenario": path.stem,
             "seed": scenario.fleet.seed,
             "devices": scenario.fleet.devices,
             "vanished": sum(r["vanished"] for r in reports),
+            "data": data,
+            "untrained_accuracy": stage.untrained,
             "rounds": rounds,
             "outputs": {"accepted": accepted, "stored": stored, "waiting": sum(r["pending"] for r in reports)},
             "gateway_cpu_s": cpu_s,
@@ -85,7 +91,7 @@ def _resized(scenario: Scenario, folder: Path, devices: int) -> Scenario:
     fleet = dataclasses.replace(scenario.fleet, devices=devices)
     changed = dataclasses.replace(scenario, fleet=fleet)
     text = ""
-    for section in ("fleet", "network", "attack", "run"):
+    for section in ("fleet", "data", "network", "attack", "run"):
         values = dataclasses.asdict(getattr(changed, section))
         text += f"[{section}]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in values.items())
     for section in ("rounds", "training"):
@@ -116,6 +122,8 @@ class _Stage:
         self.folder, self.scenario, self.children = folder, scenario, children
         data = datasets.load("digits", split="all")
         self._held = _features(data.images[:HELD_OUT]), data.labels[:HELD_OUT]
+        self._head: dict[str, Any] = new_head(LABELS, 64)
+        self.untrained = round(accuracy(self._head, *self._held), 4)
 
     def gateway(self, *arguments: str) -> dict[str, Any]:
         """A command of the gateway, as its operator types it."""
@@ -184,8 +192,14 @@ class _Stage:
         if record["state"] != "done":
             return None
         path = self.folder / "gateway" / "rounds" / "models" / str(record["after"])
-        head = decode_update(path.read_bytes(), max_bytes=1 << 24).tensors
-        return round(accuracy(head, *self._held), 4)
+        self._head = dict(decode_update(path.read_bytes(), max_bytes=1 << 24).tensors)
+        return round(accuracy(self._head, *self._held), 4)
+
+    def probe(self, rounds: list[dict[str, Any]]) -> dict[str, Any] | None:
+        """The audit of the trained model with the devices' data as probe; None where no round came to its end."""
+        if all(one["accuracy"] is None for one in rounds):
+            return None
+        return probe(self.folder, self.scenario.data.found(self.folder), self._head)
 
     def settle(self) -> int:
         """Wait until the number of stored outputs stands still; returns it."""
