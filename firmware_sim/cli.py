@@ -84,6 +84,7 @@ def _data_lines(data: dict[str, Any], untrained: float) -> list[str]:
         text = f"{made['released']} synthetic pictures of {made['records']} records, noise ratio {made['noise_ratio']}"
         lines.append(f"  devices saw a release: {text}")
         lines.append(f"  its card: {made['claim']}")
+        lines += [f"  its card: {made['audit']['verdict']}"] if made["audit"] else []
         lines.append(f"  its card: {made['recommendation']}")
     if data["probe"]:
         told = data["probe"]

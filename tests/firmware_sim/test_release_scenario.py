@@ -89,6 +89,8 @@ def test_devices_learn_real_digits_from_a_release_which_then_probes_their_model(
     assert told["rounds"][-1]["accuracy"] > 0.5
     made, seen = told["data"]["release"], datasets.load(out / "release", split="all")
     assert made["vae_trained_on"] == "public"
+    assert made["audit"]["auc"] < 0.65
+    assert made["audit"]["null_interval"][0] < 0.5 < made["audit"]["null_interval"][1]
     assert told["data"]["pictures"] == made["released"] == len(seen)
     private = datasets.load(out / "private.npz", split="all")
     held = datasets.load("digits", split="all").images[:HELD_OUT]
