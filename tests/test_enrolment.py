@@ -80,7 +80,7 @@ def enroll(token, out, tmp_path):
     result = CliRunner().invoke(root, ["enroll", str(path), "--out", str(out), "--json"])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
-    return json.loads(result.output)
+    return json.loads(result.stdout)
 
 
 def request_for(token, *, identity=None, tls_key=None, **changes):
