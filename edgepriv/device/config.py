@@ -75,7 +75,7 @@ class SpoolConfig:
     max_mb: float = 512.0
     max_rows: int = 100_000
     drop: str = "oldest"
-    commit_frames: int = 8
+    commit_frames: int = 16
     commit_s: float = 0.2
 
 

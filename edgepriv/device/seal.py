@@ -28,12 +28,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SealedItem:
-    """A thing for the spool. ``digest`` is what the gateway's acknowledgement must name; ``epoch`` its record's."""
+    """A thing for the spool. ``digest`` is what the gateway's acknowledgement must name; ``epoch`` its record's.
+
+    A frame's ``payload`` is a view into the sealer's buffer: it is valid until the next frame is sealed.
+    """
 
     kind: str  # epoch | output | frame | update
     digest: bytes
     epoch: bytes
-    payload: bytes
+    payload: bytes | memoryview
     round: int = 0
 
 
@@ -112,7 +115,7 @@ class Sealer:
         """Seal one frame and its output."""
         items = [self.seal_output(released, model, scene)]
         if self._config.images and self._epoch is not None:
-            raw = self._epoch.seal(released.inference.frame.pixels)
+            raw = self._epoch.seal_view(released.inference.frame.pixels)
             items.append(SealedItem("frame", envelope.parse(raw).digest(), self.epoch_digest, raw))
         return items
 

@@ -36,6 +36,7 @@ CREATE TABLE items (
   size INTEGER NOT NULL, payload BLOB, place INTEGER,
   round INTEGER NOT NULL DEFAULT 0, held INTEGER NOT NULL DEFAULT 0);
 CREATE INDEX items_by_epoch ON items (epoch);
+CREATE INDEX items_by_kind ON items (kind, id);
 CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
 PRAGMA user_version = 1;
 """
@@ -94,10 +95,10 @@ class Spool:
         if self._db.execute("SELECT 1 FROM items WHERE digest = ?", (item.digest,)).fetchone():
             return
         large = len(item.payload) > ARENA_BYTES
-        place = self._arena.write(item.payload) if large else None
+        place, inline = (self._arena.write(item.payload), None) if large else (None, bytes(item.payload))
         self._db.execute(
             "INSERT INTO items (kind, digest, epoch, size, payload, place, round) VALUES (?,?,?,?,?,?,?)",
-            (item.kind, item.digest, item.epoch, len(item.payload), None if large else item.payload, place, item.round),
+            (item.kind, item.digest, item.epoch, len(item.payload), inline, place, item.round),
         )
         self._count += 1
         self._stored += len(item.payload)
@@ -107,14 +108,13 @@ class Spool:
         return self._stored + need <= self.max_bytes and self._count + rows <= self.max_rows
 
     def _make_room(self, need: int, rows: int) -> None:
-        query = "SELECT id, place, size FROM items WHERE kind = ? ORDER BY id"
+        query = "SELECT id, place, size FROM items WHERE kind = ? ORDER BY id LIMIT 1"
         for kind in ("frame", "output") if self.drop == "oldest" else ():
-            if self._has_room(need, rows):
-                return
-            for item in self._db.execute(query, (kind,)).fetchall():
-                if self._has_room(need, rows):
-                    return
-                self._delete(*item)
+            while not self._has_room(need, rows):
+                oldest = self._db.execute(query, (kind,)).fetchone()
+                if oldest is None:
+                    break
+                self._delete(*oldest)
                 self.count(f"dropped_{kind}s")
         if not self._has_room(need, rows):
             raise StorageFullError(
