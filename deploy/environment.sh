@@ -7,7 +7,7 @@ edgepriv_environment() {  # names of the extras to install
   root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
   venv="${EDGEPRIV_VENV:-$root/.venv}"
   extras="$(IFS=,; echo "$*")"
-  [ -x "$venv/bin/python" ] || { echo "making the virtual environment $venv" >&2; python3 -m venv "$venv"; }
+  [ -x "$venv/bin/python" ] || edgepriv_make_venv "$venv"
   PY="$venv/bin/python"
   stamp="$venv/.edgepriv-$(printf '%s' "$extras" | tr ',' '-')"
   want="$(cat "$root/pyproject.toml" "$root/deploy/constraints.txt" | sha256sum | cut -d' ' -f1) $root"
@@ -18,6 +18,15 @@ edgepriv_environment() {  # names of the extras to install
     printf '%s' "$want" > "$stamp"
   fi
   export PATH="$venv/bin:$PATH"
+}
+
+edgepriv_make_venv() {  # folder; Debian keeps venv in a package of its own
+  echo "making the virtual environment $1" >&2
+  if ! python3 -c 'import venv, ensurepip' 2>/dev/null && [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
+    apt-get update -qq >&2 || true
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq python3 python3-venv >/dev/null 2>&1 || true
+  fi
+  python3 -m venv "$1" || { echo "python3 -m venv does not work here: apt install python3-venv" >&2; return 69; }
 }
 
 edgepriv_system_packages() {  # mosquitto, PostgreSQL and Chromium, where they are missing and may be installed
