@@ -1,8 +1,7 @@
-"""Judge a model on the owner's data and find level shares by bisection against target qualities.
+"""Judge a model on the owner's data.
 
 Quality is accuracy in [0, 1] for ``classify`` and PSNR in dB for ``denoise``; higher is better. Everything that is
-judged runs in ONNX Runtime at its default optimisation, as a device will run it. Fixed shares are not used: below a
-share of about 0.4 a level is worth nothing, and where the useful part begins differs from model to model.
+judged runs in ONNX Runtime at its default optimisation, as a device will run it.
 """
 
 from __future__ import annotations
@@ -16,15 +15,12 @@ from edgepriv.errors import ConfigError, DataError, MissingDependencyError
 from edgepriv.image_quality import psnr
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
     from numpy.typing import NDArray
 
     from edgepriv.selective_encryption.restore import Restored
 
 TASKS = ("classify", "denoise")
 BATCH = 200
-NEIGHBOURS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,65 +113,3 @@ def quality(model: Restored | bytes, samples: Samples, *, threads: int = 1) -> f
     """Judge one model."""
     result = outputs(model, samples.x, threads=threads)
     return samples.head(len(result)).quality(result)
-
-
-def bisect_counts(
-    measure: Callable[[int], float], total: int, targets: Sequence[float], log: Callable[[str], None]
-) -> list[tuple[int, float]]:
-    """Find for each rising target how many units must be given back.
-
-    Args:
-        measure: quality with the first ``count`` units of the order restored.
-        total: number of encrypted units; the last level gives all of them.
-        targets: rising target qualities below that of the whole model.
-        log: progress.
-
-    Returns:
-        (count, quality) for each target; counts rise strictly.
-
-    Raises:
-        ConfigError: a target cannot be met between its neighbours.
-    """
-    seen: dict[int, float] = {}
-
-    def at(count: int) -> float:
-        if count not in seen:
-            seen[count] = measure(count)
-        return seen[count]
-
-    found: list[tuple[int, float]] = []
-    low = 0
-    for target in targets:
-        count = _bisect(at, low, total, target)
-        best = _closest(at, count, low, total, target)
-        log(f"target {target:g}: {best} of {total} units give {at(best):.4g}")
-        found.append((best, at(best)))
-        low = best
-    _check_rising(found, targets)
-    return found
-
-
-def _bisect(at: Callable[[int], float], low: int, high: int, target: float) -> int:
-    if at(high) < target:
-        raise ConfigError(f"target {target:g} is above the whole model's {at(high):.4g}", hint="lower --levels")
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if at(middle) < target else (low, middle)
-    return high
-
-
-def _closest(at: Callable[[int], float], count: int, low: int, total: int, target: float) -> int:
-    """Quality is not monotone from kernel to kernel: look around the crossing for the closest count."""
-    around = range(max(low + 1, count - NEIGHBOURS), min(total - 1, count + NEIGHBOURS) + 1)
-    tolerance = 0.002 * max(1.0, abs(target))
-    if abs(at(count) - target) <= tolerance:
-        return count
-    return min(around, key=lambda c: abs(at(c) - target), default=count)
-
-
-def _check_rising(found: Sequence[tuple[int, float]], targets: Sequence[float]) -> None:
-    for (count, value), (after, value_after), target in zip(found, found[1:], targets[1:], strict=False):
-        if after <= count or value_after <= value:
-            raise ConfigError(
-                f"target {target:g} cannot be told from the level below it", hint="space the --levels further apart"
-            )

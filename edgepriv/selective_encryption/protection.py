@@ -14,6 +14,7 @@ import numpy as np
 from edgepriv import primitives
 from edgepriv.errors import ConfigError
 from edgepriv.selective_encryption import calibrate, carrier, decoys, levels, manifest
+from edgepriv.selective_encryption.level_search import LevelSearch
 from edgepriv.selective_encryption.levels import Binding, Region
 from edgepriv.selective_encryption.restore import Restored
 from edgepriv.selective_encryption.select.choose import Choice, choose, weight_share
@@ -50,8 +51,12 @@ class Draft:
 
     def partial(self, count: int) -> Restored:
         """The carrier with the first ``count`` units of the order given back, in memory."""
+        return self.opened(self.choice.order[:count])
+
+    def opened(self, rows: NDArray[np.int64]) -> Restored:
+        """The carrier with the listed units (rows of layer number and unit) given back, in memory."""
         files = [content.copy() for content in self.masked]
-        for number, units in _by_region(self.choice.order[:count]).items():
+        for number, units in _by_region(rows).items():
             region = self.regions[number]
             region.rows(files)[units] = region.rows(self.plain)[units]
         return Restored(0, b"", 0, self.names, files)
@@ -176,7 +181,7 @@ def plan_levels(
     threads: int = 1,
     log: Callable[[str], None] = lambda _: None,
 ) -> list[LevelPlan]:
-    """Find each level's share by bisection on the owner's data."""
+    """Find each level's share on the owner's data; may change the order in which the draft gives units back."""
     total = made.choice.units
     numbers = [target for target in targets if target is not None]
     if samples is None:
@@ -184,12 +189,14 @@ def plan_levels(
             raise ConfigError("target qualities need data to measure them on", hint="give --data")
         return [LevelPlan(None, None, total)]
 
-    def measure(count: int) -> float:
-        return calibrate.quality(made.partial(count), samples, threads=threads)
+    def measure(order: NDArray[np.int64]) -> float:
+        return calibrate.quality(made.opened(order), samples, threads=threads)
 
-    found = calibrate.bisect_counts(measure, total, numbers, log)
+    search = LevelSearch(measure, made.choice.order, log)
+    found = search.find(numbers)
+    made.choice = Choice(made.choice.selected, search.order)
     plans = [LevelPlan(target, value, count) for target, (count, value) in zip(numbers, found, strict=True)]
-    return [*plans, LevelPlan(None, measure(total), total)]
+    return [*plans, LevelPlan(None, search.at(total), total)]
 
 
 def finish(
