@@ -34,6 +34,7 @@ CERTIFICATE_DAYS = 14
 MIN_FREE_BYTES = 200_000_000
 CHUNK_PACKET_BYTES = 66_000
 CONNECT_S = 8.0
+RENEW = "renew it: edgepriv renew on a device (its timer does so), else as it was made"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,19 +109,30 @@ def private_files(paths: Iterable[Path | None]) -> Finding:
     return Finding("key files", OK, f"{checked} files that only their owner reads")
 
 
+def certificate_expiry(path: Path | None) -> float:
+    """When a PEM certificate expires, Unix seconds; 0 where there is none or it cannot be read."""
+    if path is None:
+        return 0.0
+    try:
+        # The only reader of one certificate that the standard library has; its output format is documented.
+        decode: Any = ssl._ssl._test_decode_cert  # type: ignore[attr-defined]  # noqa: SLF001
+        return float(ssl.cert_time_to_seconds(decode(str(path))["notAfter"]))
+    except (OSError, ValueError, KeyError, AttributeError):
+        return 0.0
+
+
 def certificate(path: Path | None, *, now: float) -> Finding:
     """How long does the TLS certificate live?"""
     if path is None:
         return Finding("certificate", SKIPPED, "no TLS certificate is configured")
-    # The only reader of one certificate that the standard library has.
-    decode: Any = ssl._ssl._test_decode_cert  # type: ignore[attr-defined]  # noqa: SLF001
-    left = (ssl.cert_time_to_seconds(decode(str(path))["notAfter"]) - now) / DAY_S
+    expires = certificate_expiry(path)
+    if not expires:
+        return Finding("certificate", FAILED, f"{path} is no certificate that can be read", "is it there, and PEM?")
+    left = (expires - now) / DAY_S
     if left <= 0:
-        return Finding("certificate", FAILED, f"{path} expired {-left:.0f} days ago", "renew it: edgepriv enroll")
+        return Finding("certificate", FAILED, f"{path} expired {-left:.0f} days ago", RENEW)
     state = WARNING if left < CERTIFICATE_DAYS else OK
-    return Finding(
-        "certificate", state, f"{left:.0f} days left", "renew it: edgepriv enroll" if state == WARNING else ""
-    )
+    return Finding("certificate", state, f"{left:.0f} days left", RENEW if state == WARNING else "")
 
 
 def crypto() -> Finding:

@@ -2,7 +2,8 @@
 
 Every party uses this, so that a rolled-back, expired or forged file is refused everywhere by the same rules. A bad
 new file does not take a running party down: the list in force stays, the error is kept for the status, and the list
-in force still expires.
+in force still expires. A list that came over the network (`TrustFile.adopt`) passes the same checks and lies beside
+the state file, because a service may not write where the operator's file is; of the two the higher version counts.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+Stamp = tuple[int, int, int] | None
+
 
 class TrustFile:
     """Reads ``trust.cbor`` under a pinned owner key; ``state`` is the file that remembers the highest version."""
@@ -27,20 +30,21 @@ class TrustFile:
         if public.role != "owner":
             raise KeyFileError(f"{owner} is the key of {public.name}, not of an owner")
         self._path, self._state, self._clock, self._owner = path, state, clock, public.ed25519
-        self._stamp: tuple[int, int, int] | None = None
+        self._received = state.with_name(state.name + ".cbor")
+        self._stamps: tuple[Stamp, Stamp] = (None, None)
         self._trust: TrustList | None = None
         self.error = ""
 
     def current(self) -> TrustList:
-        """The list in force; looks at the file again when it has changed.
+        """The list in force; looks at the files again when one has changed.
 
         Raises:
             MissingFileError: there has never been a file.
             TrustError: there is no valid list in force, or it has expired since.
         """
-        stamp = self._stat()
-        if stamp != self._stamp or self._trust is None:
-            self._stamp = stamp
+        stamps = (_stamp(self._path), _stamp(self._received))
+        if stamps != self._stamps or self._trust is None:
+            self._stamps = stamps
             try:
                 self._trust, self.error = self._read(), ""
             except EdgeprivError as error:
@@ -51,21 +55,36 @@ class TrustFile:
             raise TrustError("the trust list has expired", hint="the owner signs a new one: edgepriv owner sign")
         return self._trust
 
-    def _stat(self) -> tuple[int, int, int] | None:
-        try:
-            info = self._path.stat()
-        except OSError:
-            return None
-        return (info.st_mtime_ns, info.st_size, info.st_ino)
+    def adopt(self, raw: bytes) -> TrustList:
+        """Take a list that somebody else brought, whoever that was: only the owner's signature counts.
+
+        Raises:
+            TrustError: not the owner's, damaged, expired, or not newer than the list in force; nothing has changed.
+        """
+        before = self.current()
+        if len(raw) > MAX_BYTES:
+            raise TrustError("the trust list is too large")
+        trust = read_trust(raw, self._owner, now=self._clock(), min_version=self._seen())
+        if trust.version <= before.version:
+            raise TrustError(
+                f"trust list version {trust.version} is not newer than {before.version}, which is in force"
+            )
+        _replace(self._received, raw)
+        return self.current()
 
     def _read(self) -> TrustList:
-        try:
-            with self._path.open("rb") as file:
-                raw = file.read(MAX_BYTES + 1)
-        except OSError as error:
-            raise MissingFileError(
-                f"no trust list at {self._path}", hint="the owner makes it: edgepriv owner sign"
-            ) from error
+        """The newer of the operator's and the received list; what is wrong with one does not hide the other."""
+        found: list[tuple[TrustList, bytes]] = []
+        failed: EdgeprivError | None = None
+        for path in (self._path, self._received):
+            try:
+                raw = _content(path)
+                found.append((read_trust(raw, self._owner, now=self._clock()), raw))
+            except EdgeprivError as error:
+                failed = failed or error
+        if not found:
+            raise failed or TrustError("there is no trust list")
+        _, raw = max(found, key=lambda pair: pair[0].version)
         trust = read_trust(raw, self._owner, now=self._clock(), min_version=self._seen())
         self._remember(trust.version)
         return trust
@@ -79,11 +98,30 @@ class TrustFile:
             raise TrustError(f"{self._state} is damaged", hint="it holds the highest trust version seen") from None
 
     def _remember(self, version: int) -> None:
-        if version == (self._seen() if self._state.is_file() else -1):
-            return
-        temporary = self._state.with_name(self._state.name + ".part")
-        with temporary.open("w") as file:
-            file.write(str(version))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(self._state)
+        if version != (self._seen() if self._state.is_file() else -1):
+            _replace(self._state, str(version).encode())
+
+
+def _stamp(path: Path) -> Stamp:
+    try:
+        info = path.stat()
+    except OSError:
+        return None
+    return (info.st_mtime_ns, info.st_size, info.st_ino)
+
+
+def _content(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise MissingFileError(f"no trust list at {path}", hint="the owner makes it: edgepriv owner sign") from error
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)

@@ -189,6 +189,7 @@ class Ingest:
                 return self._chunk(session, body, now)
             case Status():
                 self._presence.status(session.party, body, now)
+                self._name_trust(session.party, body.trust_version)
                 return "noted", ""
             case RoundMessage() if self.rounds:
                 self.rounds.stepped(session.party, body, now)
@@ -325,6 +326,13 @@ class Ingest:
 
     def _reply(self, party: str, message: Any) -> None:
         self._replies.append((party, message))
+
+    def _name_trust(self, party: str, version: int) -> None:
+        """Tell a device that a newer trust list is here to fetch; the owner's signature on it decides, not we."""
+        trust, raw = self._roster.trust, self._roster.raw
+        if version < trust.version:
+            detail = {"version": trust.version, "digest": hashlib.sha256(raw).digest(), "size": len(raw)}
+            self._reply(party, Notice("trust-list", "a newer trust list is here", detail))
 
     def _notice(self, party: str, notice: Notice, now: float) -> None:
         """Tell a party something, not more often than it can act on it."""

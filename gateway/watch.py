@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 import json
-import ssl
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+from edgepriv.doctor import certificate_expiry
 from edgepriv.wire import topics
 from gateway.alerts import NAMED, AlertEngine, Facts
 from gateway.store import unpack
 from gateway.webhook import Webhook
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from gateway.daemon import Gateway
 
 MAX_PENDING = 200
-
-
-def certificate_expiry(path: Path | None) -> float:
-    """When a PEM certificate expires, Unix seconds; 0 where there is none or it cannot be read."""
-    if path is None:
-        return 0.0
-    try:
-        # The only reader of one certificate that the standard library has; its output format is documented.
-        decode: Any = ssl._ssl._test_decode_cert  # type: ignore[attr-defined]  # noqa: SLF001
-        return float(ssl.cert_time_to_seconds(decode(str(path))["notAfter"]))
-    except (OSError, ValueError, KeyError, AttributeError):
-        return 0.0
 
 
 class Watch:

@@ -86,6 +86,12 @@ class Fetcher:
             pull.path.unlink()
             self.failed += 1
 
+    def drop(self, digest: bytes) -> None:
+        """Ask no more for an object that is not wanted any longer."""
+        pull = self._pulls.pop(digest[:REF_BYTES], None)
+        if pull is not None:
+            pull.path.unlink(missing_ok=True)
+
     def forget(self, keep: set[bytes]) -> None:
         """Delete finished objects that are not in ``keep``."""
         names = {digest.hex() for digest in keep}

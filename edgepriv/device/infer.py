@@ -98,9 +98,10 @@ def load_spec(model_path: Path) -> ModelSpec:
 
 
 class OpenedModel(Protocol):
-    """A protected model that was opened in memory: its digest, and what gives its weights to a session."""
+    """A protected model that was opened in memory: digest and level, and what gives its weights to a session."""
 
     digest: bytes
+    level: int
 
     def feed(self, options: Any, ort: Any) -> bytes:
         """Hand external weights to the session options; returns the graph's bytes."""
@@ -113,6 +114,7 @@ class Inferer:
     def __init__(self, model: bytes | OpenedModel, spec: ModelSpec, *, threads: int = 1, optimise: bool = True) -> None:
         self.spec = spec
         self.digest = hashlib.sha256(model).digest() if isinstance(model, bytes) else model.digest
+        self.level = 0 if isinstance(model, bytes) else model.level
         channels = 1 if spec.colour == "gray" else 3
         self._mean = _per_channel(spec.mean, channels, "mean")
         self._scale = _per_channel(spec.scale, channels, "scale")

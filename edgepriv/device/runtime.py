@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgepriv.device.release import release
 from edgepriv.device.seal import ModelLabel, SealedItem
+from edgepriv.doctor import certificate_expiry
 from edgepriv.errors import (
     AuthenticationError,
     DataError,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from edgepriv.device.release import Released, ReleasePolicy
     from edgepriv.device.seal import Sealer
     from edgepriv.device.spool import Spool
+    from edgepriv.device.trust_updates import TrustUpdates
     from edgepriv.mqtt import Inbound, Link
     from edgepriv.wire.link import LinkSession
 
@@ -64,6 +66,7 @@ class Stages:
     learner: Learner | None
     link: Link
     indicator: OutputIndicator | None = None
+    trust: TrustUpdates | None = None
 
 
 class DeviceRuntime:
@@ -106,6 +109,8 @@ class DeviceRuntime:
         try:
             if self.stages.learner is not None:
                 self.stages.learner.step(now)
+            if self.stages.trust is not None:
+                self.stages.trust.step()
             self.stages.fetcher.step(now)
         except OSError as error:
             self._disk(error)
@@ -265,6 +270,8 @@ class DeviceRuntime:
             case Notice(code="unknown-epoch"):
                 self.stages.publisher.forget_epochs()
                 self.counters["notices"] += 1
+            case Notice(code="trust-list", detail=detail) if self.stages.trust is not None:
+                self.stages.trust.named(detail)
             case Notice(code=code, text=text):
                 self.counters["notices"] += 1
                 log.warning("the gateway says %s: %s", code, text)
@@ -288,13 +295,19 @@ class DeviceRuntime:
         """Counters and what runs here."""
         spool = self.stages.spool
         counters = {**self.counters, **spool.counters(), "queue_items": spool.items, "queue_bytes": spool.stored_bytes}
+        expires = certificate_expiry(self.config.broker.certificate)
+        if expires:
+            counters["certificate_days"] = round((expires - now) / 86_400, 1)
+        trust = self.stages.trust
+        if trust is not None:
+            counters |= trust.counters
         return Status(
             at=now,
             firmware=_version(),
             model=self.stages.inferer.spec.id,
             model_digest=self.stages.inferer.digest,
-            level=0,
-            trust_version=0,
+            level=self.stages.inferer.level,
+            trust_version=trust.version if trust is not None else 0,
             counters=counters,
         )
 

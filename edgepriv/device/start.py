@@ -17,6 +17,7 @@ from edgepriv.device.release import parse_policy
 from edgepriv.device.runtime import DeviceRuntime, Stages
 from edgepriv.device.seal import Sealer
 from edgepriv.device.spool import Spool
+from edgepriv.device.trust_updates import TrustUpdates
 from edgepriv.errors import ConfigError, TrustError
 from edgepriv.trust_file import TrustFile
 
@@ -100,7 +101,14 @@ def assemble(
     runtime = DeviceRuntime(identity.name, config, stages, clock=clock)
     if config.rounds.take_part and (inferer.spec.features or inferer.spec.trainable):
         stages.learner = _learner(config, identity, trust.current(), runtime, metas)
+    stages.trust = TrustUpdates(trust, fetcher, lambda adopted: _tell_learner(stages, adopted))
     return runtime
+
+
+def _tell_learner(stages: Stages, adopted: TrustList) -> None:
+    """The next round checks its cohort against the new list; a running one goes on with the list it began with."""
+    if stages.learner is not None:
+        stages.learner.participant.trust = adopted
 
 
 def _identity(config: DeviceConfig, clock: Callable[[], float]) -> tuple[keys.Identity, TrustFile]:

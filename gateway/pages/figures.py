@@ -132,7 +132,7 @@ class Figures:
             "model": str(status.get("model", "")),
             "level": status.get("level", 0),
             "firmware": str(status.get("firmware", "")),
-            "queue": counters.get("pending", counters.get("waiting")),
+            "queue": counters.get("queue_items"),
             "drops": drops,
             "certificate_days": counters.get("certificate_days"),
             "trust_version": status.get("trust_version"),

@@ -57,7 +57,7 @@ def fill(store, devices: int, rounds: int) -> None:
         "level": 2,
         "trust_version": 3,
     }
-    raw = cbor.encode({**status, "counters": {"pending": 3, "dropped_frames": 1, "certificate_days": 40}})
+    raw = cbor.encode({**status, "counters": {"queue_items": 3, "dropped_frames": 1, "certificate_days": 40}})
     names = [f"dev-{i:05d}" for i in range(devices)]
     record = {
         "participants": names[:100], "rejected": [[n, "late: the sum is closed"] for n in names[100:110]],
