@@ -3,13 +3,13 @@
 Equal to :func:`edgepriv.image_quality.ssim`, which a test asserts.
 
 Gaussian window, k1 = 0.01, k2 = 0.03, population covariance, valid positions only, mean over positions and channels.
-The window is separable, so two one-dimensional convolutions do the work of one square.
+The window is separable and pictures are small, so each direction is a product with a banded matrix: on a CPU many times
+faster than a convolution.
 """
 
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import conv2d
 
 
 def gaussian(side: int, sigma: float, like: torch.Tensor) -> torch.Tensor:
@@ -17,6 +17,14 @@ def gaussian(side: int, sigma: float, like: torch.Tensor) -> torch.Tensor:
     offsets = torch.arange(side, dtype=like.dtype, device=like.device) - side // 2
     weights = torch.exp(-(offsets**2) / (2 * sigma**2))
     return weights / weights.sum()
+
+
+def bands(size: int, kernel: torch.Tensor) -> torch.Tensor:
+    """Return the matrix [size - len(kernel) + 1, size] that slides a kernel over the valid positions of a line."""
+    places = size - len(kernel) + 1
+    offsets = torch.arange(size, device=kernel.device)[None] - torch.arange(places, device=kernel.device)[:, None]
+    inside = (offsets >= 0) & (offsets < len(kernel))
+    return torch.where(inside, kernel[offsets.clamp(0, len(kernel) - 1)], kernel.new_zeros(()))
 
 
 def ssim(
@@ -37,9 +45,9 @@ def ssim(
     side = min(window, a.shape[2], a.shape[3])
     kernel = gaussian(side - 1 + side % 2, sigma, a)
     n, channels = a.shape[:2]
-    stacked = torch.cat([a, b, a * a, b * b, a * b]).reshape(5 * n * channels, 1, *a.shape[2:])
-    blurred = conv2d(conv2d(stacked, kernel.reshape(1, 1, -1, 1)), kernel.reshape(1, 1, 1, -1))
-    ma, mb, maa, mbb, mab = blurred.reshape(5, n, channels, *blurred.shape[2:])
+    down, across = bands(a.shape[2], kernel), bands(a.shape[3], kernel)
+    stacked = torch.stack([a, b, a * a, b * b, a * b])
+    ma, mb, maa, mbb, mab = (down @ (stacked @ across.T)).reshape(5, n, channels, len(down), len(across))
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     numerator = (2 * ma * mb + c1) * (2 * (mab - ma * mb) + c2)
     denominator = (ma * ma + mb * mb + c1) * (maa - ma * ma + mbb - mb * mb + c2)
