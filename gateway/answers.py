@@ -9,8 +9,10 @@ Queries (``what``: arguments -> body of the reply):
 ``models`` (device, risk): -> ``{"models": [...]}`` as `gateway.models` offers them to this party.
 ``verdict`` (risk): ``verdict`` -> ``{"accepted", "model"}``.
 ``windows`` (risk): optional ``since`` -> ``{"windows": [...]}``, aggregated outputs as they are published.
+``rounds`` (risk): optional ``after`` number -> ``{"rounds": [...]}``, ended rounds without a report, oldest first, as
+`gateway.round_audits` describes them; their weights are fetched by ``before``.
 ``report`` (risk): ``kind`` (``round``), ``subject`` (the round's number), ``report`` (a map of figures such as
-``accuracy`` and ``leakage_bound``) -> ``{"accepted"}``: shown on the pages beside the round. The same of kind
+``accuracy`` and ``leakage_bound``) -> ``{"accepted"}``: kept beside the round's record and shown with it. Of kind
 ``model`` (device): ``subject`` the model's SHA-256 in hex, ``report`` ``{"good", "reason"}``: moves its rollout.
 
 A fetch is answered by chunks. Frames go to their recipients only; a device gets models and global weights.
@@ -24,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from edgepriv.errors import EdgeprivError, TrustError, WireError
 from edgepriv.wire import cbor
 from edgepriv.wire.messages import Fetch, Notice, Query, Reply
-from gateway import outputs
+from gateway import outputs, round_audits
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -75,6 +77,7 @@ class Desk:
             "models": ({"device", "risk"}, self._offers),
             "verdict": ({"risk"}, self._verdict),
             "windows": ({"risk"}, self._windows),
+            "rounds": ({"risk"}, self._rounds),
             "report": ({"risk", "device"}, self._report),
         }
 
@@ -165,6 +168,10 @@ class Desk:
     def _windows(self, _session: Session, _role: str, args: dict[str, Any], now: float) -> Any:
         return {"windows": outputs.recent(self._store.database, since=float(args.get("since", now - DAY_S)))}
 
+    def _rounds(self, _session: Session, _role: str, args: dict[str, Any], _now: float) -> Any:
+        after = int(args.get("after", -1))
+        return {"rounds": round_audits.waiting(self._store.database, self.weights, after=after)}
+
     def _report(self, session: Session, role: str, args: dict[str, Any], now: float) -> Any:
         kind, subject, report = str(args["kind"]), str(args["subject"]), args["report"]
         if role == "device":
@@ -176,9 +183,5 @@ class Desk:
         raw = cbor.encode(report)
         if kind not in REPORT_KINDS or len(subject) > 64 or not isinstance(report, dict) or len(raw) > MAX_REPORT_BYTES:
             raise WireError("a report of an unknown kind, or too large")
-        self._store.database.execute(
-            "INSERT INTO reports (kind, subject, sender, at, body) VALUES (?, ?, ?, ?, ?) ON CONFLICT (kind, subject)"
-            " DO UPDATE SET sender = excluded.sender, at = excluded.at, body = excluded.body",
-            (kind, subject, session.party, now, raw),
-        )
+        round_audits.keep(self._store.database, kind, subject, session.party, now, raw)
         return {"accepted": True}

@@ -36,15 +36,19 @@ def rounds_list(config_path: Path, as_json: bool, limit: int) -> None:
 @AS_JSON
 @click.argument("number", type=int)
 def rounds_show(config_path: Path, as_json: bool, number: int) -> None:
-    """Show a round's record."""
+    """Show a round's record, with what the risk service found that its updates give away."""
+    from gateway import round_audits
+
     with opened_store(load_config(config_path)) as store:
+        leakage = round_audits.leakage(store.database, number)
         rows = store.database.query(
             "SELECT number, state, record, started, updated FROM rounds WHERE number = ?", (number,)
         )
     if not rows:
         raise MissingFileError(f"there was no round {number}", hint="edgepriv-gateway rounds list")
     found = _round(rows[0])
-    show({"schema": "edgepriv.gateway-round/1", **found}, as_json, [f"{k}: {v}" for k, v in found.items()])
+    document = {"schema": "edgepriv.gateway-round/1", **found, "leakage": leakage and json_map(leakage)}
+    show(document, as_json, [*(f"{k}: {v}" for k, v in found.items()), *round_audits.lines(leakage)])
 
 
 def _round(row: tuple[Any, ...]) -> dict[str, Any]:

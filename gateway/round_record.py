@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from edgepriv.wire.rounds import RoundResult
@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RoundRecord:
-    """How a round ended, for ever: who took part, what was rejected and why, digests before and after, what it cost."""
+    """How a round ended, for ever: who took part, what was rejected and why, digests before and after, what it cost.
+
+    ``clip``, ``statistics`` and ``training`` are the recipe that devices followed: what an auditor repeats on canaries.
+    """
 
     round: int
     cohort: str
@@ -40,6 +43,9 @@ class RoundRecord:
     sample_share: float
     epsilon: float
     delta: float
+    clip: float = 0.0
+    statistics: str = "home"
+    training: dict[str, Any] = field(default_factory=dict)
 
     def result(self) -> RoundResult:
         """What devices are told."""
@@ -61,8 +67,8 @@ class RoundRecord:
 
     @classmethod
     def from_row(cls, row: list[Any]) -> RoundRecord:
-        """Restore what `to_row` gave."""
-        values = dict(zip((f.name for f in dataclasses.fields(cls)), row, strict=True))
+        """Restore what `to_row` gave; rows of an earlier release lack the last fields."""
+        values = dict(zip((f.name for f in dataclasses.fields(cls)), row, strict=False))
         values["participants"] = tuple(values["participants"])
         values["rejected"] = tuple(tuple(pair) for pair in values["rejected"])
         return cls(**values)
@@ -103,4 +109,7 @@ def closing_record(
         sample_share=plan.sample_share,
         epsilon=finished.epsilon,
         delta=plan.delta if plan.noise != "none" else 0.0,
+        clip=plan.clip,
+        statistics=plan.statistics,
+        training=dict(plan.training),
     )

@@ -125,6 +125,31 @@ def show(config_path: Path, digest: str, as_json: bool) -> None:
         raise RiskThresholdError(f"{found[0].name}: {report['verdict']}", hint="do not deploy it")
 
 
+@risk.command()
+@CONFIG
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def rounds(config_path: Path, as_json: bool) -> None:
+    """Show what the updates of each audited round give away, on canaries."""
+    from edgepriv.risk.config import load_config
+    from edgepriv.risk.round_watch import found_in
+
+    rows = found_in(load_config(config_path).risk.state / "rounds")
+    if as_json:
+        click.echo(json.dumps({"schema": "edgepriv.risk-rounds/1", "rounds": rows}))
+        return
+    for row in rows:
+        report = row["report"]
+        if "error" in report:
+            click.echo(f"round {row['round']}: not audited: {report['error']}")
+            continue
+        attack = report["attack"]
+        bound = f"bound {report['leakage_bound']:.1f} dB (the prior {report['leakage_floor']:.1f})"
+        found = f"attack PSNR {attack['psnr_db']:.1f} dB, IIP {attack['iip']:.2f}"
+        click.echo(f"round {row['round']}: {report['verdict']}; {found}; {bound}; {report['seen']}")
+    if not rows:
+        click.echo("no round has been audited; [rounds] canaries of risk.toml turns it on")
+
+
 def _jobs(config_path: Path) -> list[Any]:
     from edgepriv.risk.config import load_config
     from edgepriv.risk.jobs import JobQueue

@@ -8,6 +8,8 @@ from pathlib import Path  # noqa: TC003 - the settings reader resolves the annot
 from edgepriv.errors import ConfigError
 from edgepriv.settings import load_settings
 
+MAX_CANARIES = 32
+
 
 @dataclass(frozen=True, slots=True)
 class RiskSection:
@@ -64,6 +66,24 @@ class DriftSection:
 
 
 @dataclass(frozen=True, slots=True)
+class RoundsSection:
+    """``[rounds]``: canary devices for every federated round; without ``canaries`` rounds are not audited.
+
+    ``canaries``: labelled pictures of the auditor's own, never frames of a device. ``model``: architecture whose
+    ``state_dict`` names the rounds' tensors; ``weights``: safetensors with what the rounds do not train (a frozen
+    backbone). ``images``: of one canary device; ``public_images``: the others, for the prior and the pool.
+    """
+
+    canaries: str = ""
+    model: str = ""
+    weights: Path | None = None
+    images: int = 4
+    public_images: int = 1000
+    iterations: int = 100
+    max_weights_mb: float = 256.0
+
+
+@dataclass(frozen=True, slots=True)
 class HttpSection:
     """``[http]``: metrics and reports; port 0 serves nothing."""
 
@@ -79,6 +99,7 @@ class RiskConfig:
     broker: BrokerSection
     audit: AuditSection
     drift: DriftSection = field(default_factory=DriftSection)
+    rounds: RoundsSection = field(default_factory=RoundsSection)
     http: HttpSection = field(default_factory=HttpSection)
 
 
@@ -92,4 +113,9 @@ def load_config(path: Path) -> RiskConfig:
         raise ConfigError(f"{path}: executor must be processes or ray, not {audit.executor!r}")
     if audit.workers < 1 or audit.max_jobs < 1 or not audit.policies:
         raise ConfigError(f"{path}: an audit needs a worker, room for a job and a policy")
+    rounds = config.rounds
+    if rounds.canaries and not rounds.model:
+        raise ConfigError(f"{path}: [rounds] model is missing", hint="the architecture whose tensors rounds train")
+    if not 1 <= rounds.images <= MAX_CANARIES or rounds.iterations < 1 or rounds.public_images < 2:
+        raise ConfigError(f"{path}: [rounds] images must be 1 to {MAX_CANARIES}, with iterations and public images")
     return config

@@ -18,6 +18,7 @@ class RiskMetrics:
         self.jobs_refused = Gauge(f"{PREFIX}_jobs_refused", "Models not queued because the queue is full", registry=reg)
         self.audits = Counter(f"{PREFIX}_audits", "Finished audits by verdict", ["verdict"], registry=reg)
         self.verdicts = Counter(f"{PREFIX}_verdicts_sent", "Signed verdicts sent to the gateway", registry=reg)
+        self.rounds = Counter(f"{PREFIX}_rounds", "Audited rounds by verdict", ["verdict"], registry=reg)
         self.rejected = Counter(f"{PREFIX}_rejected", "What was not believed, by kind", ["kind"], registry=reg)
         self.drift = Gauge(f"{PREFIX}_drift_index", "Stability index of released outputs", ["model"], registry=reg)
         self.alerts = Counter(f"{PREFIX}_drift_alerts", "Drift alerts raised", registry=reg)

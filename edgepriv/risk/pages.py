@@ -1,7 +1,7 @@
 """Metrics and reports over HTTP, read only, on the machine itself unless configured otherwise.
 
 Paths: ``/metrics``, ``/healthz``, ``/reports`` (JSON list), ``/reports/<digest>.json`` and ``.html``,
-``/reports/<digest>.<policy>.png``.
+``/reports/<digest>.<policy>.png``, ``/rounds`` (JSON list), ``/rounds/<number>.json`` and ``.html``.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from edgepriv.risk.service import RiskService
 
 NAME = re.compile(r"/reports/([0-9a-f]{64}(?:\.[a-z0-9_-]{1,40})?\.(json|html|png))")
+ROUND = re.compile(r"/rounds/([0-9]{1,18}\.(json|html))")
 KINDS = {"json": "application/json", "html": "text/html; charset=utf-8", "png": "image/png"}
 
 
@@ -44,8 +45,10 @@ def answer(service: RiskService, path: str) -> tuple[int, str, bytes]:
         return 200, "text/plain", b"ok\n"
     if path == "/reports":
         return 200, KINDS["json"], json.dumps(listing(service)).encode()
-    match = NAME.fullmatch(path)
-    file = service.folder / "reports" / match[1] if match else None
+    if path == "/rounds":
+        return 200, KINDS["json"], json.dumps(service.rounds.found()).encode()
+    match = NAME.fullmatch(path) or ROUND.fullmatch(path)
+    file = service.folder / path.split("/")[1] / match[1] if match else None
     if match is None or file is None or not file.is_file():
         return 404, "text/plain", b"no such page\n"
     return 200, KINDS[match[2]], file.read_bytes()

@@ -1,4 +1,4 @@
-"""The risk service: asks the gateway for offered models, audits each once, signs verdicts, watches for drift.
+"""The risk service: audits offered models and signs verdicts, audits rounds on canaries, watches for drift.
 
 Rules: what the gateway says is a claim: a model is audited only if its bytes have the digest it was offered under, and
 the verdict names that digest. The model's bytes are opened in the workers' child processes, which hold no key; the
@@ -19,6 +19,7 @@ from edgepriv.errors import EdgeprivError, TemporaryError, UnavailableError, Wir
 from edgepriv.risk.drift import Drift, DriftWatch
 from edgepriv.risk.jobs import Job, JobQueue
 from edgepriv.risk.metrics import RiskMetrics
+from edgepriv.risk.round_watch import RoundWatch
 from edgepriv.risk.signed_verdict import DAY_S, held_policies, verdict_bytes
 from edgepriv.risk.worker import AuditAnswer, AuditTask, run_task
 
@@ -77,6 +78,7 @@ class RiskService:
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self.jobs = JobQueue(self.folder / "jobs.db", max_jobs=config.audit.max_jobs)
         self.metrics = RiskMetrics()
+        self.rounds = RoundWatch(config, pool, self.metrics)
         self._drift = DriftWatch(min_outputs=config.drift.min_outputs, threshold=config.drift.threshold)
         self.alerts: dict[str, Drift] = {}
         self._gateway: Gateway | None = None
@@ -96,6 +98,7 @@ class RiskService:
             self._start(gateway)
             self._report(gateway, offers)
             self._watch(gateway)
+            self.rounds.step(gateway)
             self.metrics.connected.set(1)
         except (TemporaryError, UnavailableError, WireError) as error:
             LOG.warning("the gateway cannot be reached: %s", error)

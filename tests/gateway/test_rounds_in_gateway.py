@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from gateway_site import Device, Recipient, Site, exchange
 
-from edgepriv.wire.messages import Fetch, RoundMessage
+from edgepriv.wire.messages import Fetch, Query, Reply, RoundMessage
 from edgepriv.wire.rounds import read_step
 from edgepriv.wire.update import decode_update, encode_update
+from gateway.cli_rounds import rounds
 
 SIZE = 5000
 
@@ -142,3 +145,30 @@ def test_the_risk_service_sees_windows_and_reports_on_a_round(site):
     assert lab.reply().ok
     exchange(gateway, lab, lab.query("report", kind="weather", subject="1", report={}))
     assert not lab.reply().ok
+
+
+def test_an_ended_round_waits_for_its_audit_and_keeps_the_report_with_its_record(site):
+    gateway, devices = site.gateway(), [Device(site, n) for n in site.devices]
+    number = opened(site, gateway, devices)
+    finish(site, gateway, devices, [update(d, 1.0, number)[1] for d in devices])
+    lab = Recipient(site, "risk-lab")
+    exchange(gateway, lab, lab.record(), lab.query("rounds"))
+    (told,) = lab.reply().body["rounds"]
+    assert (told["round"], told["devices"], told["clip"], told["training"]) == (number, 2, 1000.0, {})
+    assert "dev-cam1" not in str(told)
+    exchange(gateway, lab, lab.seal(Fetch(told["before"][:16], 0, 64, 4096)))
+    chunks = lab.objects[told["before"][:16]]
+    assert hashlib.sha256(b"".join(chunks[i] for i in range(len(chunks)))).digest() == told["before"]
+    attack = {"psnr_db": 31.0, "ssim": 0.9, "iip": 1.0}
+    found = {"leakage_bound": 80.5, "leakage_floor": 11.4, "verdict": "leaks", "reason": "r", "attack": attack}
+    exchange(gateway, lab, lab.query("report", kind="round", subject=str(number), report=found))
+    exchange(gateway, lab, lab.query("rounds"))
+    assert lab.reply().body["rounds"] == []
+    shown = CliRunner().invoke(rounds, ["show", str(number), "--config", str(site.config_path), "--json"])
+    leakage = json.loads(shown.output)["leakage"]
+    assert {k: leakage[k] for k in found} == found
+    assert leakage["sender"] == "risk-lab"
+    text = CliRunner().invoke(rounds, ["show", str(number), "--config", str(site.config_path)]).output
+    assert "leakage bound: 80.5 dB PSNR; the prior alone 11.4 dB" in text
+    exchange(gateway, devices[0], devices[0].seal(Query(b"12345678", "rounds", {})))
+    assert not next(m for m in devices[0].other if isinstance(m, Reply)).ok

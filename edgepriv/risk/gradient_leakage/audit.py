@@ -19,7 +19,7 @@ from edgepriv.risk.gradient_leakage.bound import CAVEAT, affordable_subspace, bo
 from edgepriv.risk.gradient_leakage.head_inversion import invert_head
 from edgepriv.risk.gradient_leakage.inversion import Attack, check_update, invert
 from edgepriv.risk.gradient_leakage.measures import score, train_features
-from edgepriv.risk.gradient_leakage.protections import NoProtection, update_norm
+from edgepriv.risk.gradient_leakage.protections import ClippedNoise, NoProtection, update_norm
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 FLOAT32_STEP = 2.0**-24
 LEAKS, AT_RISK, CONTAINED = "leaks", "at risk", "contained"
+_NO_NOISE = np.random.default_rng(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +242,7 @@ def audit_round(
     round_number: int,
     protection: Protection | None = None,
     clients: int = 1,
+    clip: float | None = None,
     attack: Attack | None = None,
     limits: Limits | None = None,
     seed: int = 0,
@@ -255,27 +257,49 @@ def audit_round(
         round_number: for the record.
         protection: what is done to what is seen: to a device's update, or under masks to the mean.
         clients: above 1: masks hide single updates and the attacker sees the mean over this many devices.
+        clip: with several clients, the L2 norm to which each device clips its own update.
         attack: budget and options; 60 iterations by default.
         limits: for the verdict.
         seed: of noise and attack.
         device: a torch device.
     """
+    return play_round(
+        model, recipe, canaries, round_number=round_number, protection=protection, clients=clients, clip=clip,
+        attack=attack, limits=limits, seed=seed, device=device,
+    )[0]  # fmt: skip
+
+
+def play_round(
+    model: nn.Module,
+    recipe: LocalRecipe,
+    canaries: Canaries,
+    *,
+    round_number: int,
+    protection: Protection | None = None,
+    clients: int = 1,
+    clip: float | None = None,
+    attack: Attack | None = None,
+    limits: Limits | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+) -> tuple[dict[str, Any], UpdateAudit]:
+    """Return what :func:`audit_round` does, and the audit with its pictures."""
     began = time.perf_counter()
     protection = protection or NoProtection()
     attack = replace(attack or Attack(iterations=60), seed=seed)
-    update = canary_update(model, recipe, canaries, clients=clients, seed=seed, device=device)
+    update = canary_update(model, recipe, canaries, clients=clients, clip=clip, seed=seed, device=device)
     sent = protection.apply(update, np.random.default_rng(seed))
-    clip, sigmas = getattr(protection, "clip", None), protection.sigmas(update)
+    # of a mean, what clipping each part left over is all that can be said
+    length = update_norm(update) if clients > 1 and clip is not None else getattr(protection, "clip", None)
     audit = judge_update(
-        model, sent, recipe, canaries, attack=attack, sigmas=sigmas,
-        clip=clip, clients=clients, limits=limits, device=device,
+        model, sent, recipe, canaries, attack=attack, sigmas=protection.sigmas(update),
+        clip=length, clients=clients, limits=limits, device=device,
     )  # fmt: skip
-    if clip is not None and update_norm(update) > clip and audit.reconstruction.recovered_layers:
+    if length is not None and update_norm(update) >= length and audit.reconstruction.recovered_layers:
         # clipping scales the statistics by a factor the attacker does not know: one who ignores them may do better
         audit = _stronger(audit, model, sent, recipe, canaries, attack, clients, limits or Limits(), device)
-    record = audit.record()
-    return {
-        **record,
+    record = {
+        **audit.record(),
         "schema": "edgepriv.round-audit/1",
         "round": round_number,
         "recipe": asdict(recipe),
@@ -287,6 +311,7 @@ def audit_round(
         "about": "canaries trained by the auditor with this round's recipe; no device's images",
         "seconds": time.perf_counter() - began,
     }
+    return record, audit
 
 
 def _stronger(
@@ -317,10 +342,14 @@ def canary_update(
     canaries: Canaries,
     *,
     clients: int = 1,
+    clip: float | None = None,
     seed: int = 0,
     device: str = "cpu",
 ) -> dict[str, NDArray[Any]]:
-    """Return the update of the canaries in their order; the mean over equal shares where there are several clients."""
+    """Return the update of the canaries in their order; the mean over equal shares where there are several clients.
+
+    ``clip`` is the L2 norm to which each of several clients scales its own update down, as devices do under masks.
+    """
     if clients == 1:
         return train_locally(
             model, canaries.images, canaries.labels, recipe, seed=seed, shuffle=False, device=device
@@ -329,7 +358,8 @@ def canary_update(
     parts = []
     for index in range(clients):
         mine = canaries.take(slice(index * share, (index + 1) * share))
-        parts.append(canary_update(model, recipe, mine, seed=seed, device=device))
+        part = canary_update(model, recipe, mine, seed=seed, device=device)
+        parts.append(part if clip is None else ClippedNoise(clip, 0.0, recipe.shares_statistics).apply(part, _NO_NOISE))
     mean = {name: np.mean([part[name] for part in parts], axis=0) for name in parts[0]}
     return {name: value.astype(parts[0][name].dtype) for name, value in mean.items()}
 
