@@ -1,5 +1,8 @@
 """Enrolment: one-time tokens, and a CA that gives devices their certificate for the broker's door.
 
+Renewal: an enrolled device proves by its identity key that it is itself, and gets a new certificate for the *same* TLS
+key; other keys need a new token. A copied request therefore gains nobody anything.
+
 Rules: a token is bound to one device name and lives 24 hours at most; only the SHA-256 of its secret is stored.
 Consuming it and writing the device's row are one transaction. The same token with the same keys returns the same
 certificate (a reply was lost); with other keys it is refused and counted as an alarm. The CA ignores what a request
@@ -23,20 +26,24 @@ from edgepriv.wire.enrolment import (
     MAX_LIFETIME_S,
     SECRET_BYTES,
     USE,
+    USE_RENEW,
     EnrolAnswer,
     EnrolRequest,
+    RenewRequest,
     Token,
     proof_bytes,
+    renewal_bytes,
 )
 from gateway.database import SqliteDatabase
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
     from pathlib import Path
 
 log = logging.getLogger("gateway.enrol")
 
 CA_DAYS, DEVICE_DAYS, SERVER_DAYS = 3650, 365, 30
+YOUNG_S = 3600.0
 _SCHEMA = (
     """CREATE TABLE IF NOT EXISTS tokens (
         id BLOB PRIMARY KEY, secret_hash BLOB NOT NULL, device TEXT NOT NULL, created REAL NOT NULL,
@@ -51,9 +58,9 @@ _SCHEMA = (
 class Enrolment:
     """The CA and the tokens of one gateway, in a folder of mode 0700."""
 
-    def __init__(self, folder: Path, *, clock: Callable[[], float]) -> None:
+    def __init__(self, folder: Path, *, clock: Callable[[], float], broker_ca: bytes = b"") -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._folder, self._clock = folder, clock
+        self._folder, self._clock, self._broker_ca = folder, clock, broker_ca
         self._db = SqliteDatabase(folder / "enrolment.sqlite")
         (folder / "enrolment.sqlite").chmod(0o600)
         self._db.script(_SCHEMA)
@@ -122,14 +129,36 @@ class Enrolment:
         with self._db.transaction():
             row = self._token(request)
             if row["keys"] is not None and primitives.equal(bytes(row["keys"]), keys):
-                return EnrolAnswer(row["device"], bytes(row["certificate"]), self.ca.certificate, trust)
+                return self._answer(row["device"], bytes(row["certificate"]), trust)
             if row["keys"] is None:
                 self._check_age(row)
-                certificate = self._consume(row, request, keys)
-                return EnrolAnswer(row["device"], certificate, self.ca.certificate, trust)
+                return self._answer(row["device"], self._consume(row, request, keys), trust)
             self._db.execute("UPDATE tokens SET alarms = alarms + 1 WHERE id = ?", (request.token_id,))
         log.error("ALARM: the used token %s of %s came again with other keys", request.token_id.hex(), row["device"])
         raise AuthenticationError("this token was used by another key; tell whoever gave it to you")
+
+    def renew(self, request: RenewRequest, trust: bytes = b"", *, revoked: Collection[str] = ()) -> EnrolAnswer:
+        """A new certificate for the key that an enrolled device has already; a very young one is given again.
+
+        Raises:
+            AuthenticationError: not enrolled, revoked, a wrong proof, or another TLS key.
+            WireError: not a certificate request.
+        """
+        with self._db.transaction():
+            rows = self._db.query("SELECT ed25519, certificate FROM devices WHERE name = ?", (request.name,))
+            identity, current = (bytes(rows[0][0]), bytes(rows[0][1])) if rows else (bytes(32), b"")
+            primitives.verify(identity, USE_RENEW, renewal_bytes(request.name, request.request), request.proof)
+            if request.name in revoked:
+                raise AuthenticationError(f"{request.name} is revoked")
+            if x509.request_key(request.request) != x509.certificate_key(current):
+                raise AuthenticationError("renewal keeps the TLS key; other keys need a new token")
+            if self._clock() - x509.valid_between(current)[0] > YOUNG_S + x509.SKEW_S:
+                current = x509.issue(self.ca, request.request, request.name, self._clock(), DEVICE_DAYS)
+                self._db.execute("UPDATE devices SET certificate = ? WHERE name = ?", (current, request.name))
+        return self._answer(request.name, current, trust)
+
+    def _answer(self, name: str, certificate: bytes, trust: bytes) -> EnrolAnswer:
+        return EnrolAnswer(name, certificate, self.ca.certificate, self._broker_ca, trust)
 
     def _check_proof(self, request: EnrolRequest) -> None:
         if len(request.ed25519) != 32 or len(request.x25519) != 32:

@@ -1,4 +1,4 @@
-"""The HTTPS side of enrolment: ``GET /ca`` gives the CA's certificate, ``POST /enrol`` takes a CBOR request.
+"""The HTTPS side of enrolment: ``GET /ca`` gives the CA's certificate, ``POST /enrol`` and ``/renew`` take CBOR.
 
 A device fetches the CA without verifying anything, compares its digest with the token's, and sends its secret only over
 a second connection that this CA vouches for. Bodies, time and the number of connections are bounded.
@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from edgepriv.errors import AuthenticationError, EdgeprivError, TrustError, WireError
 from edgepriv.wire import message
-from edgepriv.wire.enrolment import MAX_REQUEST_BYTES, EnrolRequest
+from edgepriv.wire.enrolment import MAX_REQUEST_BYTES, EnrolAnswer, EnrolRequest, RenewRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from edgepriv.primitives.x509 import KeyAndCertificate
     from gateway.enrol import Enrolment
@@ -33,14 +33,19 @@ _STATUS: tuple[tuple[type[EdgeprivError], int], ...] = ((WireError, 400), (Authe
 
 
 class EnrolServer(ThreadingHTTPServer):
-    """Serves one `Enrolment`; ``trust`` returns the current trust list's bytes."""
+    """Serves one `Enrolment`; ``trust`` returns the trust list's bytes, ``revoked`` the names that it revokes."""
 
     daemon_threads = True
 
     def __init__(
-        self, address: tuple[str, int], enrolment: Enrolment, hosts: tuple[str, ...], trust: Callable[[], bytes]
+        self,
+        address: tuple[str, int],
+        enrolment: Enrolment,
+        hosts: tuple[str, ...],
+        trust: Callable[[], bytes],
+        revoked: Callable[[], Collection[str]] = frozenset,
     ) -> None:
-        self.enrolment, self.trust = enrolment, trust
+        self.enrolment, self.trust, self.revoked = enrolment, trust, revoked
         self._context = _context(enrolment.server_certificate(hosts))
         self._slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
         super().__init__(address, _Handler)
@@ -87,25 +92,27 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(404, "application/json", b'{"error":"not found"}')
 
     def do_POST(self) -> None:
-        """Enrol."""
+        """Enrol or renew."""
         try:
-            answer = self.server.enrolment.enrol(self._request(), self.server.trust())
+            answer = self._carry_out()
         except EdgeprivError as error:
             status = next((code for kind, code in _STATUS if isinstance(error, kind)), 500)
             log.warning("enrolment from %s refused (%d): %s", self.client_address[0], status, error)
             self._answer(status, "application/json", json.dumps({"error": str(error), "hint": error.hint}).encode())
             return
-        log.info("%s enrolled from %s", answer.name, self.client_address[0])
+        log.info("%s: %s from %s", self.path, answer.name, self.client_address[0])
         self._answer(200, "application/cbor", message.encode(answer))
 
-    def _request(self) -> EnrolRequest:
-        length = self.headers.get("Content-Length", "")
-        if self.path != "/enrol" or not length.isdecimal() or int(length) > MAX_REQUEST_BYTES:
+    def _carry_out(self) -> EnrolAnswer:
+        length, served = self.headers.get("Content-Length", ""), self.server
+        if not length.isdecimal() or int(length) > MAX_REQUEST_BYTES:
             raise WireError("not an enrolment request")
         request = message.decode(self.rfile.read(int(length)), max_bytes=MAX_REQUEST_BYTES)
-        if not isinstance(request, EnrolRequest):
-            raise WireError("not an enrolment request")
-        return request
+        if self.path == "/enrol" and isinstance(request, EnrolRequest):
+            return served.enrolment.enrol(request, served.trust())
+        if self.path == "/renew" and isinstance(request, RenewRequest):
+            return served.enrolment.renew(request, served.trust(), revoked=served.revoked())
+        raise WireError("not an enrolment request")
 
     def _answer(self, status: int, kind: str, body: bytes) -> None:
         self.send_response(status)

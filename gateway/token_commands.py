@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import click
 
-from edgepriv.errors import ConfigError, MissingDependencyError, TrustError
+from edgepriv.errors import ConfigError, EdgeprivError, MissingDependencyError, TrustError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -114,12 +114,14 @@ def export(config_path: Path, folder: Path) -> None:
 @click.option("--listen", default="127.0.0.1:8443", show_default=True, help="HOST:PORT; port 0 takes a free one.")
 @click.option("--host", "hosts", multiple=True, help="Names or addresses that devices use for this server; repeatable.")
 def serve(config_path: Path, listen: str, hosts: tuple[str, ...]) -> None:
-    """Serve enrolment over HTTPS until it is told to stop. Needed only while devices enrol."""
+    """Serve enrolment and renewal over HTTPS until it is told to stop."""
     from gateway.enrol_server import EnrolServer
 
     host, port = _address(listen)
     with _enrolment(config_path) as (config, enrolment):
-        server = EnrolServer((host, port), enrolment, (*hosts, host), lambda: _trust(config.gateway.trust))
+        server = EnrolServer(
+            (host, port), enrolment, (*hosts, host), lambda: _trust(config.gateway.trust), lambda: _revoked(config)
+        )
         click.echo(f"enrolment at https://{host}:{server.server_address[1]}", err=True)
         try:
             server.serve_forever()
@@ -146,6 +148,18 @@ def _trust(path: Path) -> bytes:
         return b""
 
 
+def _revoked(config: Config) -> tuple[str, ...]:
+    """Names that the owner's list revokes; none where it cannot be read: a certificate alone makes nobody believed."""
+    from edgepriv.keys import load_public
+    from edgepriv.wire.trust import read_trust
+
+    try:
+        owner = load_public(config.gateway.owner)
+        return read_trust(_trust(config.gateway.trust), owner.ed25519, now=time.time()).revoked
+    except EdgeprivError:
+        return ()
+
+
 @contextmanager
 def _enrolment(config_path: Path) -> Iterator[tuple[Config, Enrolment]]:
     from gateway.config import load
@@ -157,7 +171,10 @@ def _enrolment(config_path: Path) -> Iterator[tuple[Config, Enrolment]]:
             "enrolment needs the cryptography package", hint="pip install 'edgepriv[gateway]'"
         ) from error
     config = load(config_path)
-    enrolment = Enrolment(config.gateway.state / "enrolment", clock=time.time)
+    ca = config.broker.ca
+    enrolment = Enrolment(
+        config.gateway.state / "enrolment", clock=time.time, broker_ca=ca.read_bytes() if ca and ca.is_file() else b""
+    )
     try:
         yield config, enrolment
     finally:

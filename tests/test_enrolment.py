@@ -1,5 +1,6 @@
 """Enrolment over real HTTPS: once, for the named device, to the right gateway only, again when a reply is lost."""
 
+import dataclasses
 import json
 import os
 import ssl
@@ -24,7 +25,16 @@ from edgepriv.errors import (
     WireError,
 )
 from edgepriv.primitives import x509
-from edgepriv.wire.enrolment import USE, EnrolRequest, Token, proof_bytes, read_token
+from edgepriv.wire.enrolment import (
+    USE,
+    USE_RENEW,
+    EnrolRequest,
+    RenewRequest,
+    Token,
+    proof_bytes,
+    read_token,
+    renewal_bytes,
+)
 from edgepriv.wire.trust import TrustList, sign_trust
 from gateway.cli import root as gateway_root
 from gateway.enrol import Enrolment
@@ -341,3 +351,109 @@ def test_the_gateway_commands_hand_out_list_and_export(tmp_path, clock):
     assert keys.load_public(tmp_path / "pubs" / "dev-cam1.pub") == identity.public
     with pytest.raises(EdgeprivError):
         call("revoke", "--config", config, "00" * 8)
+
+
+# --- renewal ----------------------------------------------------------------------------------------------------------
+
+
+def renew(folder, *flags):
+    result = CliRunner().invoke(root, ["renew", str(folder), "--json", *flags])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, json.loads(result.stdout)
+
+
+@pytest.fixture
+def aged(server, enrolment, clock, tmp_path):
+    """A device that was enrolled 300 of its 365 days ago."""
+    really, clock.now = clock.now, clock.now - 300 * 86_400
+    token = token_for(enrolment, url_of(server), lifetime_s=3600)
+    clock.now = really - 300 * 86_400 + 60
+    out = tmp_path / "device"
+    path = tmp_path / "old-token.txt"
+    path.write_text(dataclasses.replace(token, expires=int(really) + 600).to_text())
+    result = CliRunner().invoke(root, ["enroll", str(path), "--out", str(out)])
+    assert result.exit_code == 0, result.exception
+    clock.now = really
+    return out
+
+
+def test_a_certificate_is_renewed_for_the_same_key_when_it_is_due_and_not_before(aged, server, enrolment, tmp_path):
+    before, key = (aged / "tls.crt").read_bytes(), (aged / "tls.key").read_bytes()
+    assert renew(aged, "--check")[0] == 0
+    code, document = renew(aged)
+    assert code == 0
+    assert document["renewed"]
+    assert 364 < document["days"] <= 365
+    assert (aged / "tls.key").read_bytes() == key
+    assert (aged / "tls.crt").read_bytes() != before
+    context = ssl.create_default_context(cafile=str(aged / "tls-ca.crt"))
+    context.load_cert_chain(aged / "tls.crt", aged / "tls.key")
+    assert renew(aged, "--check")[0] == 1
+    assert not renew(aged)[1]["renewed"]
+    after = (aged / "tls.crt").read_bytes()
+    assert renew(aged, "--now")[1]["renewed"]
+    assert (aged / "tls.crt").read_bytes() == after, "a young certificate is given again: a lost reply does no harm"
+
+
+def renewal(enrolment, folder, **changes):
+    identity, csr = keys.load_identity(folder / "device.key"), x509.new_request((folder / "tls.key").read_bytes())
+    name, csr = changes.get("name", identity.name), changes.get("request", csr)
+    signer = changes.get("signer", identity)
+    return RenewRequest(name, csr, signer.sign(USE_RENEW, renewal_bytes(name, csr)))
+
+
+def test_nobody_renews_in_anothers_name_or_for_another_key(aged, enrolment):
+    stranger = keys.Identity.new("device", "cam1")
+    for changes in ({"signer": stranger}, {"name": "dev-other"}, {"request": x509.new_request(x509.new_key())}):
+        with pytest.raises(AuthenticationError):
+            enrolment.renew(renewal(enrolment, aged, **changes))
+    with pytest.raises(AuthenticationError, match="revoked"):
+        enrolment.renew(renewal(enrolment, aged), revoked=("dev-cam1",))
+    good = renewal(enrolment, aged)
+    with pytest.raises(AuthenticationError):
+        enrolment.renew(RenewRequest(good.name, good.request, bytes(64)))
+    with pytest.raises(WireError):
+        enrolment.renew(renewal(enrolment, aged, request=b"not a request"))
+    assert enrolment.renew(good).name == "dev-cam1"
+
+
+def test_a_renewal_brings_the_newer_trust_list_and_never_an_older_one(aged, server):
+    newer = sign_trust(TrustList(5, 0, 2**40, (GATEWAY.public,)), OWNER)
+    (aged / "trust.cbor").write_bytes(newer)
+    renew(aged)
+    assert (aged / "trust.cbor").read_bytes() == newer
+    server.trust = lambda: sign_trust(TrustList(6, 0, 2**40, (GATEWAY.public,)), OWNER)
+    renew(aged, "--now")
+    assert (aged / "trust.cbor").read_bytes() == server.trust()
+
+
+def test_renewal_says_what_is_missing_and_who_does_not_answer(aged, server, clock):
+    with pytest.raises(MissingFileError, match=r"tls\.crt"):
+        renew(aged.parent / "nothing")
+    (aged / "enrolment.url").write_text("https://127.0.0.1:1\n")
+    before = (aged / "tls.crt").read_bytes()
+    with pytest.raises(UnavailableError):
+        renew(aged)
+    assert (aged / "tls.crt").read_bytes() == before
+
+
+def test_a_renewal_goes_to_the_pinned_ca_only(aged, tmp_path, clock):
+    other = Enrolment(tmp_path / "other", clock=clock)
+    impostor = EnrolServer(("127.0.0.1", 0), other, ("127.0.0.1",), lambda: b"")
+    thread = threading.Thread(target=impostor.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    (aged / "enrolment.url").write_text(url_of(impostor))
+    with pytest.raises(AuthenticationError, match="does not fit"):
+        renew(aged)
+    impostor.shutdown()
+    thread.join()
+    impostor.server_close()
+    other.close()
+
+
+def test_enrolment_brings_the_ca_of_the_broker(tmp_path, clock):
+    made = Enrolment(tmp_path / "state", clock=clock, broker_ca=b"-----BEGIN CERTIFICATE-----\n")
+    answer = made.enrol(request_for(token_for(made)))
+    assert answer.broker_ca.startswith(b"-----BEGIN")
+    made.close()

@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "owner": ("edgepriv.cli.owner:owner", "The offline root: sign who may take part."),
     "keys": ("edgepriv.cli.keys:keys", "Make and show key files."),
     "enroll": ("edgepriv.cli.enroll:enroll", "Enrol this device at a gateway with a one-time token."),
+    "renew": ("edgepriv.cli.renew:renew", "Renew this device's certificate before it runs out."),
     "seal": ("edgepriv.cli.seal:seal", "Seal an image for its recipients."),
     "open": ("edgepriv.cli.seal:open_", "Open a sealed image with a recipient's key."),
     "cipher": ("edgepriv.cli.cipher:cipher", "Measure the image cipher: report and bench."),

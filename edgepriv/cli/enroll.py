@@ -39,8 +39,9 @@ TIMEOUT_S = 20.0
 def enroll(token_file: Path, out: Path, as_json: bool) -> None:
     """Enrol this device with TOKEN_FILE.
 
-    Writes device.key (identity), tls.key and tls.crt (transport), tls-ca.crt, owner.key.pub (pinned) and, if the
-    gateway has one, trust.cbor. Safe to repeat with the same folder when a reply was lost.
+    Writes device.key (identity), tls.key and tls.crt (transport), tls-ca.crt, enrolment.url (for `edgepriv renew`),
+    owner.key.pub (pinned) and, where the gateway has them, broker-ca.crt and trust.cbor. Safe to repeat with the same
+    folder when a reply was lost.
     """
     from edgepriv.wire.enrolment import read_token
 
@@ -54,7 +55,8 @@ def enroll(token_file: Path, out: Path, as_json: bool) -> None:
     _pin_owner(token, out)
     identity, tls_key = _keys(token, out)
     answer = _exchange(token, identity, tls_key)
-    _keep(answer, token, out)
+    keep(answer, token.owner_ed25519, out)
+    write(out / "enrolment.url", token.url.encode() + b"\n", 0o644)
     document = {"schema": "edgepriv.enroll/1", "name": token.device, "out": str(out), "trust": bool(answer.trust)}
     click.echo(
         json.dumps(document)
@@ -91,7 +93,7 @@ def _keys(token: Token, out: Path) -> tuple[Identity, bytes]:
     if identity.name != token.device:
         raise ConfigError(f"{path} is the key of {identity.name}, the token is for {token.device}")
     if not tls_path.is_file():
-        _write(tls_path, x509.new_key(), 0o600)
+        write(tls_path, x509.new_key(), 0o600)
     return identity, tls_path.read_bytes()
 
 
@@ -103,7 +105,7 @@ def _exchange(token: Token, identity: Identity, tls_key: bytes) -> EnrolAnswer:
 
     unverified = ssl.create_default_context()
     unverified.check_hostname, unverified.verify_mode = False, ssl.CERT_NONE
-    ca = _der(_http(token, unverified, "GET", "/ca", None, limit=16 << 10))
+    ca = _der(ask(token.url, unverified, "GET", "/ca", None, limit=16 << 10))
     if not equal(hashlib.sha256(ca).digest(), token.ca_digest):
         raise AuthenticationError(
             "the server's CA is not the one in the token; the secret was not sent",
@@ -114,15 +116,21 @@ def _exchange(token: Token, identity: Identity, tls_key: bytes) -> EnrolAnswer:
     body = message.encode(EnrolRequest(token.id, token.secret, request, public.ed25519, public.x25519, proof))
     # Trust exactly the bytes that were hashed: the text they came in may hold more certificates.
     verified = ssl.create_default_context(cadata=ca)
-    raw = _http(token, verified, "POST", "/enrol", body, limit=MAX_ANSWER_BYTES)
+    raw = ask(token.url, verified, "POST", "/enrol", body, limit=MAX_ANSWER_BYTES)
     answer = message.decode(raw, max_bytes=MAX_ANSWER_BYTES)
     if not isinstance(answer, EnrolAnswer) or answer.name != token.device or _der(answer.ca) != ca:
         raise WireError("the gateway's answer is not for this device")
     return answer
 
 
-def _http(token: Token, context: ssl.SSLContext, method: str, path: str, body: bytes | None, *, limit: int) -> bytes:
-    parts = urlsplit(token.url)
+def ask(url: str, context: ssl.SSLContext, method: str, path: str, body: bytes | None, *, limit: int) -> bytes:
+    """One HTTPS request to the enrolment server.
+
+    Raises:
+        AuthenticationError, TrustError, WireError: its certificate does not fit, or it refuses.
+        UnavailableError: nobody answers.
+    """
+    parts = urlsplit(url)
     connection = http.client.HTTPSConnection(
         parts.hostname or "", parts.port or 443, context=context, timeout=TIMEOUT_S
     )
@@ -133,7 +141,7 @@ def _http(token: Token, context: ssl.SSLContext, method: str, path: str, body: b
     except ssl.SSLCertVerificationError as error:
         raise AuthenticationError(f"the server's certificate does not fit: {error.verify_message}") from None
     except (OSError, http.client.HTTPException) as error:
-        raise UnavailableError(f"no enrolment server at {token.url}: {error}", hint="try again later") from None
+        raise UnavailableError(f"no enrolment server at {url}: {error}", hint="try again later") from None
     finally:
         connection.close()
     if response.status != 200:
@@ -160,18 +168,32 @@ def _der(pem: bytes) -> bytes:
         return b""
 
 
-def _keep(answer: EnrolAnswer, token: Token, out: Path) -> None:
-    """Write what was received; the trust list only if the pinned owner signed it."""
+def keep(answer: EnrolAnswer, owner_ed25519: bytes, out: Path) -> None:
+    """Write what was received; the trust list only if the pinned owner signed it and it is newer than the one here."""
     from edgepriv.wire.trust import read_trust
 
-    _write(out / "tls.crt", answer.certificate, 0o644)
-    _write(out / "tls-ca.crt", ssl.DER_cert_to_PEM_cert(_der(answer.ca)).encode(), 0o644)
+    write(out / "tls.crt", answer.certificate, 0o644)
+    write(out / "tls-ca.crt", ssl.DER_cert_to_PEM_cert(_der(answer.ca)).encode(), 0o644)
+    if answer.broker_ca:
+        write(out / "broker-ca.crt", answer.broker_ca, 0o644)
     if answer.trust:
-        read_trust(answer.trust, token.owner_ed25519, now=time.time())
-        _write(out / "trust.cbor", answer.trust, 0o644)
+        newer = read_trust(answer.trust, owner_ed25519, now=time.time())
+        if newer.version > _version_of(out / "trust.cbor", owner_ed25519):
+            write(out / "trust.cbor", answer.trust, 0o644)
 
 
-def _write(path: Path, data: bytes, mode: int) -> None:
+def _version_of(path: Path, owner_ed25519: bytes) -> int:
+    """Version of the list that lies here; -1 where there is none, or one that the owner did not sign."""
+    from edgepriv.wire.trust import read_trust
+
+    try:
+        return read_trust(path.read_bytes(), owner_ed25519, now=0.0).version
+    except (OSError, TrustError):
+        return -1
+
+
+def write(path: Path, data: bytes, mode: int) -> None:
+    """Replace a file whole, with its mode, after it is durable."""
     partial = path.with_name(path.name + ".part")
     partial.unlink(missing_ok=True)
     with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:

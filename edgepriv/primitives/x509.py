@@ -21,7 +21,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from edgepriv.errors import WireError
 
 MAX_CSR_BYTES = 4096
-_SKEW = dt.timedelta(hours=1)
+SKEW_S = 3600.0  # certificates begin this much before they are made, for clocks that are behind
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,23 @@ def request_key(request: bytes) -> bytes:
     return hashlib.sha256(
         _request_key(request).public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     ).digest()
+
+
+def certificate_key(certificate: bytes) -> bytes:
+    """SHA-256 of a certificate's public key, to compare with `request_key`."""
+    public = x509.load_pem_x509_certificate(certificate).public_key()
+    return hashlib.sha256(
+        public.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    ).digest()
+
+
+def valid_between(certificate: bytes) -> tuple[float, float]:
+    """When a certificate (PEM) begins and ends to be valid, Unix seconds, or WireError."""
+    try:
+        parsed = x509.load_pem_x509_certificate(certificate)
+    except ValueError:
+        raise WireError("not a certificate") from None
+    return parsed.not_valid_before_utc.timestamp(), parsed.not_valid_after_utc.timestamp()
 
 
 def issue(ca: KeyAndCertificate, request: bytes, name: str, now: float, days: int) -> bytes:
@@ -126,7 +143,7 @@ def _builder(
         .issuer_name(issuer)
         .public_key(public)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(start - _SKEW)
+        .not_valid_before(start - dt.timedelta(seconds=SKEW_S))
         .not_valid_after(start + dt.timedelta(days=days))
     )
 

@@ -26,7 +26,7 @@ MAX_LIFETIME_S = 24 * 3600
 MAX_TOKEN_CHARS = 2048
 MAX_REQUEST_BYTES = 16 << 10
 MAX_ANSWER_BYTES = 5 << 20
-USE = "enrol"
+USE, USE_RENEW = "enrol", "renew"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,16 +93,34 @@ class EnrolRequest:
     proof: bytes
 
 
+@message.message("renew-request")
+class RenewRequest:
+    """An enrolled device asks for a new certificate of its TLS key. ``proof``: Ed25519 over `renewal_bytes`."""
+
+    name: str
+    request: bytes
+    proof: bytes
+
+
 @message.message("enrol-answer")
 class EnrolAnswer:
-    """Certificate and CA (PEM), and the gateway's current trust list (may be empty; the device verifies it)."""
+    """Certificate, CA and the CA of the broker (PEM), and the gateway's trust list (the device verifies it).
+
+    The last two may be empty: the broker has no TLS, or the gateway no list yet.
+    """
 
     name: str
     certificate: bytes = sized(16 << 10)
     ca: bytes = sized(16 << 10)
+    broker_ca: bytes = sized(64 << 10)
     trust: bytes = sized(4 << 20)
 
 
 def proof_bytes(token_id: bytes, request: bytes, ed25519: bytes, x25519: bytes) -> bytes:
     """What a device signs: it holds the identity key and means this TLS key and this token."""
     return token_id + hashlib.sha256(request).digest() + ed25519 + x25519
+
+
+def renewal_bytes(name: str, request: bytes) -> bytes:
+    """What an enrolled device signs to renew: its name and the request, which its TLS key signed."""
+    return name.encode() + b"\x00" + hashlib.sha256(request).digest()
