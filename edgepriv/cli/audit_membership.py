@@ -116,19 +116,14 @@ def _model_view(path: Path, records: Records, options: dict[str, Any]) -> Target
     if records.labels.max() >= own.shape[1]:
         raise DataError(f"{path} knows {own.shape[1]} classes, the records have label {records.labels.max()}")
     votes = attacks.agreement(target.labels, records.images, records.labels, np.random.default_rng(0), copies=6)
-    reference: dict[str, Any] = {}
     features, known_features = shadows.features_of(records.images, records.labels, *records.known)
-    if len(records.known[0]) >= 4 * (features.shape[1] + 1):
-        reference = {
-            "features": features,
-            "reference_features": known_features,
-            "reference_margins": scores.margin(target.logits(records.known[0]), records.known[1]),
-        }
     return TargetView(
         margins=scores.margin(own, records.labels),
         log_probabilities=scores.log_probability(own, records.labels),
         agreements=votes,
-        **reference,
+        features=features,
+        reference_features=known_features,
+        reference_margins=scores.margin(target.logits(records.known[0]), records.known[1]),
         **_shadow_arrays(records, options),
     )
 

@@ -74,6 +74,8 @@ def train_vae(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae = Vae(config).to(device)
+    if config.kind == "conv" and dp is None:  # the same sums in an order that a CPU computes faster
+        vae = vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     trainer = _DpTrainer(vae, dp, len(images), seed) if dp else _PlainTrainer(vae, seed)
     origin = _digest(images, labels) if checkpoint else ""
     start = _resume(checkpoint, trainer, origin) if checkpoint and checkpoint.exists() else 0
@@ -131,8 +133,13 @@ class _PlainTrainer:
         for key, value in tensors.items():
             if key.startswith("optimizer."):
                 _, index, name = key.split(".")
-                state.setdefault(int(index), {})[name] = value
+                state.setdefault(int(index), {})[name] = self._laid_out(int(index), value)
         self.inner.load_state_dict({**self.inner.state_dict(), "state": state})
+
+    def _laid_out(self, index: int, value: torch.Tensor) -> torch.Tensor:
+        """A moment in the memory layout of its weight: the fused optimiser walks both side by side."""
+        weight = self.inner.param_groups[0]["params"][index]
+        return torch.empty_like(weight).copy_(value) if value.shape == weight.shape else value
 
 
 class _DpTrainer(_PlainTrainer):

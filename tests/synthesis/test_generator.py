@@ -52,9 +52,9 @@ def test_training_learns_and_is_the_same_for_the_same_seed(digits, vae):
     assert 0.5 < scale.mean_norm < 10
 
 
-@pytest.mark.parametrize("dp", [None, training.DpSgd(8.0)])
-def test_a_run_that_was_cut_resumes_to_the_same_weights(tmp_path, digits, dp):
-    config = default_config((8, 8, 1), 10, epochs=3, hidden=16)
+@pytest.mark.parametrize(("dp", "kind"), [(None, "mlp"), (None, "conv"), (training.DpSgd(8.0), "mlp")])
+def test_a_run_that_was_cut_resumes_to_the_same_weights(tmp_path, digits, dp, kind):
+    config = default_config((8, 8, 1), 10, epochs=3, hidden=16, kind=kind)
     whole = training.train_vae(digits.images, digits.labels, config, seed=3, dp=dp)
     file = tmp_path / "checkpoint"
 

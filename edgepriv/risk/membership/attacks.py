@@ -1,11 +1,11 @@
-"""Attacks on a model's scores: threshold, LiRA, RMIA, quantile regression, label-only. Higher means "was a member".
+"""Attacks on a model's scores: threshold, LiRA, RMIA, label-only; ``quantile`` is beside. Higher means "was a member".
 
 Attacker: holds the records in question with their labels and the target's score on each; the calibrated attacks also
 hold shadow models trained as the target was. Each function returns one float per record. Records are worked in blocks,
 so memory is O(shadows) per block however many records there are.
 
 Sources: LiRA arXiv 2112.03570 (online, fixed variance); RMIA arXiv 2312.03262 (the ratio whose ROC the full score
-shares for one target); quantile regression arXiv 2307.03694; label-only arXiv 2007.14321.
+shares for one target); label-only arXiv 2007.14321.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgepriv.errors import DataError
 from edgepriv.risk.membership.scores import calibrated_records, check_arrays
 
 if TYPE_CHECKING:
@@ -25,10 +24,9 @@ if TYPE_CHECKING:
     Scores = NDArray[np.float64]
     Masks = NDArray[np.bool_]
 
-__all__ = ["BLOCK", "agreement", "calibrated_difference", "lira", "quantile", "rmia_all", "rmia_out", "threshold"]
+__all__ = ["BLOCK", "agreement", "calibrated_difference", "lira", "rmia_all", "rmia_out", "threshold"]
 
 BLOCK = 8192
-LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def threshold(target: Scores) -> Scores:
@@ -72,29 +70,6 @@ def calibrated_difference(target: Scores, scores: Scores, masks: Masks) -> Score
     """Target minus the mean over shadows that did not hold the record: calibrates bounded scores such as agreement."""
     check_arrays(target, scores, masks)
     return _in_blocks(target, scores, masks, _difference)
-
-
-def quantile(target: Scores, features: Scores, reference: Scores, reference_features: Scores) -> Scores:
-    """Where the target's score stands among scores that non-members with such features get; no shadow models.
-
-    Args:
-        target: scores [n] of the records in question.
-        features: [n, f] what is known of each record (for pictures: a few projections and the class).
-        reference: scores [m] of records known not to be members, with ``reference_features`` [m, f].
-        reference_features: [m, f].
-
-    Raises:
-        DataError: fewer than four references for each feature.
-    """
-    if len(reference) < 4 * (features.shape[1] + 1):
-        raise DataError(
-            f"{len(reference)} known non-members are too few for {features.shape[1]} features",
-            hint="give more non-members or fewer features",
-        )
-    centre, spread = reference_features.mean(axis=0), reference_features.std(axis=0) + 1e-9
-    known, asked = _design(reference_features, centre, spread), _design(features, centre, spread)
-    curves = np.sort(np.stack([asked @ _pinball(known, reference, level) for level in LEVELS]), axis=0)
-    return _position(np.asarray(target, dtype=np.float64), curves)
 
 
 def agreement(
@@ -159,29 +134,3 @@ def _difference(target: Scores, scores: Scores, masks: Masks) -> Scores:
     outside = (~masks).sum(axis=0)
     mean = np.where(masks, 0.0, scores).sum(axis=0) / np.maximum(outside, 1)
     return np.where(outside > 0, target - mean, np.nan)
-
-
-def _design(features: Scores, centre: Scores, spread: Scores) -> Scores:
-    return np.hstack([np.ones((len(features), 1)), (features - centre) / spread])
-
-
-def _pinball(design: Scores, values: Scores, level: float, rounds: int = 40) -> Scores:
-    """Linear quantile regression by iteratively re-weighted least squares with a little ridge."""
-    ridge = 1e-3 * len(design) * np.eye(design.shape[1])
-    scale = values.std() + 1e-9
-    weights = np.linalg.solve(design.T @ design + ridge, design.T @ values)
-    for _ in range(rounds):
-        residual = values - design @ weights
-        importance = np.where(residual > 0, level, 1 - level) / np.maximum(np.abs(residual), 1e-3 * scale)
-        scaled = design * importance[:, None]
-        weights = np.linalg.solve(scaled.T @ design + ridge / scale, scaled.T @ values)
-    return np.asarray(weights, dtype=np.float64)
-
-
-def _position(target: Scores, curves: Scores) -> Scores:
-    """Piecewise linear position of the target among the quantile curves [levels, n]; beyond them, in outer gaps."""
-    gaps = np.maximum(np.diff(curves, axis=0), 1e-6 * (np.abs(curves).max() + 1e-9))
-    inside = np.clip((target - curves[:-1]) / gaps, 0.0, 1.0).sum(axis=0)
-    above = np.maximum(target - curves[-1], 0.0) / gaps.sum(axis=0)
-    below = np.maximum(curves[0] - target, 0.0) / gaps.sum(axis=0)
-    return np.asarray(inside + above - below)

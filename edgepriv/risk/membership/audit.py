@@ -13,6 +13,7 @@ import numpy as np
 
 from edgepriv.errors import DataError
 from edgepriv.risk.membership import attacks, evaluate, one_run
+from edgepriv.risk.membership.quantile import MIN_REFERENCES, quantile
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -157,10 +158,9 @@ def attack_target(view: TargetView) -> dict[str, Scores]:
     masks = view.shadow_masks
     if view.margins is not None:
         found["threshold"] = attacks.threshold(view.margins)
-        if view.features is not None and view.reference_margins is not None and view.reference_features is not None:
-            found["quantile"] = attacks.quantile(
-                view.margins, view.features, view.reference_margins, view.reference_features
-            )
+        known, described = view.reference_margins, view.reference_features
+        if view.features is not None and known is not None and described is not None and len(known) >= MIN_REFERENCES:
+            found["quantile"] = quantile(view.margins, view.features, known, described)
         if masks is not None and view.shadow_margins is not None:
             found["lira"] = attacks.lira(view.margins, view.shadow_margins, masks)
     if view.log_probabilities is not None and masks is not None and view.shadow_log_probabilities is not None:
@@ -221,7 +221,7 @@ def report(
         noise_null=noise_null,
         one_run_epsilon=_one_run(found[0], members[0]),
         weak=not any(result.attack in CALIBRATED for result in results),
-        warnings=_warnings(shadow_masks),
+        warnings=[*_warnings(shadow_masks), *_left_out(found[0])],
     )
 
 
@@ -292,6 +292,12 @@ def _warnings(masks: Masks | None) -> list[str]:
     if len(masks) > 3 and np.ptp(masks.sum(axis=0)) <= 1:
         found.append("membership is balanced by design: LiRA reads below one half; draw masks by fair coins")
     return found
+
+
+def _left_out(found: dict[str, Scores]) -> list[str]:
+    if "threshold" not in found or "quantile" in found:
+        return []
+    return [f"fewer than {MIN_REFERENCES} known non-members: the quantile attack did not run"]
 
 
 def _mean(values: list[float | None]) -> float | None:

@@ -62,6 +62,8 @@ def train_classifier(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _build(recipe.arch, images.shape[1:], classes).to(device)
+    if not recipe.noise_multiplier:  # opacus wants the usual layout; on a CPU this one is faster
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x, y = _tensor(images, device), torch.tensor(labels, device=device)
     model.train()
     _fit_private(model, x, y, recipe, seed) if recipe.noise_multiplier else _fit(model, x, y, recipe, seed)
@@ -139,11 +141,11 @@ def _build(arch: str, shape: tuple[int, ...], classes: int) -> nn.Module:
     flat = 32 * (height // 4) * (width // 4)
     return nn.Sequential(
         nn.Conv2d(channels, 16, 3, padding=1),
+        nn.MaxPool2d(2),  # before the ReLU: the same values from a quarter of the work
         nn.ReLU(),
-        nn.MaxPool2d(2),
         nn.Conv2d(16, 32, 3, padding=1),
-        nn.ReLU(),
         nn.MaxPool2d(2),
+        nn.ReLU(),
         nn.Flatten(),
         nn.Linear(flat, 128),
         nn.ReLU(),
@@ -152,4 +154,5 @@ def _build(arch: str, shape: tuple[int, ...], classes: int) -> nn.Module:
 
 
 def _tensor(images: NDArray[np.uint8], device: str) -> torch.Tensor:
-    return torch.tensor(images.transpose(0, 3, 1, 2), device=device).float() / 255.0
+    pictures = torch.tensor(images.transpose(0, 3, 1, 2), device=device).float() / 255.0
+    return pictures.contiguous(memory_format=torch.channels_last)
