@@ -43,6 +43,7 @@ _CODEC_CODES = {name: code for code, name in enumerate(PIXEL_CODECS)} | {
 _CODEC_NAMES = {code: name for name, code in _CODEC_CODES.items()}
 _TABLE_VERSION = 1
 DTYPES: dict[str, np.dtype[Any]] = {"uint8": np.dtype("u1"), "uint16": np.dtype("<u2"), "float32": np.dtype("<f4")}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _CHANNELS = {"rgb": 3, "bgr": 3, "rgba": 4}
 _DTYPE_CODES = {"": 0} | {name: code for code, name in enumerate(DTYPES, 1)}
 _DTYPE_NAMES = {code: name for name, code in _DTYPE_CODES.items()}
@@ -115,13 +116,14 @@ def payload_of(picture: Picture) -> tuple[Meta, NDArray[np.uint8]]:
 
 
 def _pixel_payload(pixels: NDArray[Any], codec: str, taken: float) -> tuple[Meta, NDArray[np.uint8]]:
-    dtype = DTYPES.get(pixels.dtype.name)
+    name = _NAMES.get(pixels.dtype) or pixels.dtype.name  # numpy composes that name anew each time, in Python
+    dtype = DTYPES.get(name)
     if dtype is None:
         raise DataError(f"pixels of type {pixels.dtype} are not supported", hint=f"convert to {', '.join(DTYPES)}")
     if problem := _shape_problem(codec, pixels.shape):
         raise DataError(problem)
     flat = np.ascontiguousarray(pixels, dtype=dtype).reshape(-1).view(np.uint8)
-    return Meta(codec, pixels.dtype.name, tuple(pixels.shape), flat.size, taken), flat
+    return Meta(codec, name, tuple(pixels.shape), flat.size, taken), flat
 
 
 def _shape_problem(codec: str, shape: tuple[int, ...]) -> str:

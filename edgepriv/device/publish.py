@@ -116,6 +116,8 @@ class Publisher:
         if late and now - self._heard >= SILENCE_S:  # a gateway that lost its store cannot say so: announce anew
             self.forget_epochs()
             self._heard = now
+        if len(self._in_flight) >= WINDOW_ITEMS:
+            return
         limit, idle = WINDOW_ITEMS + len(self._in_flight), 0
         rows = self._spool.waiting(limit, after=self._after)
         for item in rows:

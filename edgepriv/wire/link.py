@@ -12,6 +12,7 @@ SHA-256 of the bytes and durable, so a replay is a counted duplicate.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import struct
 from collections import OrderedDict
@@ -67,6 +68,7 @@ class LinkSession:
         self._receive: Direction = "down" if side == "party" else "up"
         self._salt, self._seq = primitives.random_bytes(16), 0
         self._send_key = self._key(self._send, self._salt)
+        self._mac_prk = primitives.hkdf_extract(k_link, epoch_id)
         self._receive_keys: OrderedDict[bytes, bytes] = OrderedDict()
         self._windows: dict[bytes, ReplayWindow] | None = {} if side == "party" else None
 
@@ -104,11 +106,9 @@ class LinkSession:
 
     def mac_key(self, *context: bytes) -> bytes:
         """The single-use key of a frame's MAC to the gateway: HKDF(k_link, epoch_id, label | SHA-256(context))."""
-        import hashlib
-
         self._guard()
         digest = hashlib.sha256(b"".join(context)).digest()
-        return primitives.hkdf(self._k_link, 32, salt=self.epoch_id, info=b"edgepriv/gwmac/v1" + digest)
+        return primitives.hkdf_expand(self._mac_prk, b"edgepriv/gwmac/v1" + digest)
 
     def _remember(self, salt: bytes, key: bytes) -> None:
         """Cache a peer's key only after a message under it was authentic; bounded on both sides."""

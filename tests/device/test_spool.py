@@ -8,7 +8,6 @@ import os
 import random
 import resource
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
@@ -345,9 +344,56 @@ def test_the_counters_survive_and_roll_back_with_their_items(tmp_path):
     spool.add([item(1)])
     spool.commit()
     spool.add([item(2)])
-    spool._db.rollback()
-    assert spool.counters()["spooled_frames"] == 1
-    with sqlite3.connect(tmp_path / "spool.db") as db:
-        assert db.execute("SELECT count(*) FROM items").fetchone() == (1,)
-    db.close()
+    assert spool.counters()["spooled_frames"] == 2
+    spool._db.close()  # the process ends here
+    again = Spool(tmp_path, max_bytes=1 << 20)
+    assert again.counters()["spooled_frames"] == 1
+    assert again.items == 1
+    again.close()
+
+
+def test_rows_that_wait_in_memory_are_seen_by_every_reader(tmp_path):
+    """The same random life twice: one spool is read after every step, the other at commits only; both end alike."""
+    read, unread = Spool(tmp_path / "a", max_bytes=400_000), Spool(tmp_path / "b", max_bytes=400_000)
+    rng, known = random.Random(7), [item(0)]
+    for number in range(1, 160):
+        kind = rng.choice(["frame", "frame", "frame", "output", "update"])
+        made = item(number, rng.choice([100, 17_000, 60_000 if kind == "frame" else 300]), kind, round_number=number)
+        known.append(made)
+        removed = rng.choice(known).digest if rng.random() < 0.3 else b""
+        for spool in (read, unread):
+            spool.add([made])
+            if removed:
+                spool.remove(removed)
+            if number % 7 == 0:
+                spool.commit()
+        read.waiting(999)
+    for spool in (read, unread):
+        spool.commit()
+        rows = spool.waiting(999)
+        assert len(rows) > 5
+        assert spool.items == len(rows)
+        assert spool.stored_bytes == sum(row.size for row in rows) <= 400_000
+        assert all(hashlib.sha256(spool.payload(row.digest)).digest() == row.digest for row in rows)
+    assert [row.digest for row in read.waiting(999)] == [row.digest for row in unread.waiting(999)]
+    assert read.counters()["dropped_frames"] == unread.counters()["dropped_frames"] > 5
+    spaces = [sum(size for _, size in spool._arena._free) for spool in (read, unread)]
+    assert spaces[0] == spaces[1]
+    read.close()
+    unread.close()
+
+
+def test_an_item_that_is_there_already_takes_no_room(tmp_path):
+    spool = Spool(tmp_path, max_bytes=1 << 20)
+    small, large = item(1), item(2, 50_000)
+    spool.add([small, large])
+    spool.add([large, small, item(3)])
+    spool.commit()
+    spool.add([large])
+    assert [row.digest for row in spool.waiting(9)] == [small.digest, large.digest, item(3).digest]
+    assert (spool.items, spool.stored_bytes) == (3, 50_200)
+    assert spool.counters()["spooled_frames"] == 3
+    spool.commit()
+    assert spool._arena._end - sum(size for _, size in spool._arena._free) == 53_248  # one extent, whole pages
+    assert spool.payload(large.digest) == large.payload
     spool.close()
