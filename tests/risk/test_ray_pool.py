@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore")]
 
 def test_ray_workers_reach_the_verdicts_that_this_process_reaches(digit_models, tmp_path):
     folder, _ = digit_models
-    settings = AuditSection("digits", references=2, auditors="ridge", executor="ray", workers=2)
+    settings = AuditSection("digits", references=3, auditors="ridge", executor="ray", workers=2)
     junk = tmp_path / "junk.onnx"
     junk.write_bytes(b"certainly no model")
     paths = [folder / "vicious.onnx", folder / "honest.onnx", junk]

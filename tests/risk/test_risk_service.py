@@ -98,7 +98,7 @@ def make(tmp_path):
         probe = tmp_path / "probe" / "release.npz"
         probe.parent.mkdir(exist_ok=True)
         np.savez(probe, images=data.images[:700], labels=data.labels[:700])
-        settings = {"policies": ("argmax",), "references": 2, "auditors": "ridge", **(audit or {})}
+        settings = {"policies": ("argmax",), "references": 3, "auditors": "ridge", **(audit or {})}
         config = RiskConfig(
             RiskSection(tmp_path / "k", tmp_path / "o", tmp_path / "t", "gateway-main", tmp_path / "state"),
             BrokerSection("mqtt://127.0.0.1:1"),

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 
 from edgepriv.errors import ConfigError, DataError
-from edgepriv.risk.reconstruction.detectors import DetectorSettings, features
+from edgepriv.risk.reconstruction.detectors import DetectorSettings, Evidence, evidence
 from edgepriv.risk.reconstruction.leakage import AuditSettings, Bench, Probe
 from edgepriv.risk.reconstruction.networks import classifier
 from edgepriv.risk.reconstruction.onnx_reader import UnsupportedGraphError, import_graph
 from edgepriv.risk.reconstruction.references import Architecture, imported, named, stand_ins, train_references
-from edgepriv.risk.reconstruction.verdict import DEFAULT_MAX_EXPLAINED_VARIANCE, judge
+from edgepriv.risk.reconstruction.verdict import DEFAULT_MAX_EXPLAINED_VARIANCE, judge, least_margin, too_weak_to_accuse
 from edgepriv.risk.reconstruction.vicious import TrainingSet
 
 if TYPE_CHECKING:
@@ -137,13 +137,7 @@ def audit_outputs(
     if looks_like_probabilities(outputs):
         notes.append("the model ends in a softmax of its own: policies see these scores as logits")
     found, references, architecture = _compare(model, bench, outputs, request, reference_data, notes, say)
-    verdict = judge(
-        found,
-        references,
-        _judged_leakage(leakages, compared=bool(references)),
-        known=architecture is not None and architecture.known,
-        limit=request.limit,
-    )
+    verdict = _judged(found, references, leakages, architecture, request)
     name = architecture.name if architecture else "not compared"
     record = bench.scale.record.as_dict() | {"pictures": len(bench.images), "limit": request.limit}
     duration = time.monotonic() - started
@@ -153,7 +147,7 @@ def audit_outputs(
         model.sha256,
         verdict,
         tuple(leakages),
-        found,
+        found.values if found else None,
         name,
         record,
         tuple(notes),
@@ -171,6 +165,27 @@ def _leakages(
         found.append(bench.leakage(outputs, pipeline))
         say(f"{pipeline.name}: explained variance {found[-1].score.explained_variance:.3f}")
     return found
+
+
+def _judged(
+    found: Evidence | None,
+    references: Sequence[Evidence],
+    leakages: Sequence[PolicyLeakage],
+    architecture: Architecture | None,
+    request: AuditRequest,
+) -> Verdict:
+    known, doubt = architecture is not None and architecture.known, ""
+    if found is not None and references:
+        margin = least_margin(found, references, known=known)
+        doubt = too_weak_to_accuse(len(references), len(found.available), margin)
+    return judge(
+        found.values if found else None,
+        [reference.values for reference in references],
+        _judged_leakage(leakages, compared=bool(references)),
+        known=known,
+        limit=request.limit,
+        doubt=doubt,
+    )
 
 
 def _judged_leakage(leakages: Sequence[PolicyLeakage], *, compared: bool) -> float:
@@ -196,7 +211,7 @@ def _compare(
     reference_data: Probe | None,
     notes: list[str],
     say: Callable[[str], None],
-) -> tuple[dict[str, float | None] | None, list[dict[str, float | None]], Architecture | None]:
+) -> tuple[Evidence | None, list[Evidence], Architecture | None]:
     """Measure the detector's features of the model and of freshly trained references."""
     if reference_data is None or reference_data.labels is None or request.references < 1:
         notes.append("no reference models were trained: the cause of a leak stays unknown")
@@ -217,7 +232,7 @@ def _compare(
         device=request.settings.device,
         progress=say,
     )
-    return features(bench, outputs, network, settings), references, architecture
+    return evidence(bench, outputs, network, settings), references, architecture
 
 
 def _open_architecture(

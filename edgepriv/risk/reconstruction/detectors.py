@@ -43,6 +43,21 @@ WHITE_BOX = frozenset({"fine_tuning_drop", "last_layer_rank"})
 
 
 @dataclass(frozen=True, slots=True)
+class Evidence:
+    """Features of one model, and for those that are explained variances what they rest on, picture by picture.
+
+    Attributes:
+        values: every feature, None where it was not measured.
+        lost: squared error of each scoring picture, [n], by feature.
+        available: squared distance of each scoring picture from its class's mean, [n].
+    """
+
+    values: dict[str, float | None]
+    lost: dict[str, Array]
+    available: Array
+
+
+@dataclass(frozen=True, slots=True)
 class DetectorSettings:
     """What the detectors may spend: the trained decoder and the fine-tuning."""
 
@@ -80,7 +95,14 @@ def _fitted(bench: Bench, z: Array, truth: NDArray[Any], baseline: Array) -> tup
 def features(
     bench: Bench, logits: NDArray[np.float32], network: nn.Module | None, settings: DetectorSettings
 ) -> dict[str, float | None]:
-    """Measure every feature of one model on a bench.
+    """Measure every feature of one model on a bench: the values of :func:`evidence`."""
+    return evidence(bench, logits, network, settings).values
+
+
+def evidence(
+    bench: Bench, logits: NDArray[np.float32], network: nn.Module | None, settings: DetectorSettings
+) -> Evidence:
+    """Measure every feature of one model on a bench, with the errors of each picture.
 
     Args:
         bench: pictures shared by the model and its references.
@@ -92,19 +114,22 @@ def features(
     truth, baseline = bench.pixels[bench.cut :], bench.baseline(groups)
     z = np.asarray(logits, np.float64)
     raw, copies = _fitted(bench, z, truth, baseline)
+    rebuilt = {"ridge": copies}
     pictures = (len(truth), *bench.shape)
     found: dict[str, float | None] = dict.fromkeys(FEATURES)
     found["ridge"] = raw
-    found["ridge_log_softmax"] = _fitted(bench, log_softmax(z), truth, baseline)[0]
+    found["ridge_log_softmax"], rebuilt["ridge_log_softmax"] = _fitted(bench, log_softmax(z), truth, baseline)
     found["ssim"] = float(ssim(truth.reshape(pictures), np.clip(copies, 0, 1).reshape(pictures), data_range=1.0).mean())
     found["effective_rank"] = effective_rank(z, groups)
     found["log_spread"] = float(np.log(z.std(0).mean() + 1e-12))
     if settings.trained is not None:
         trained = TrainedDecoder(z[: bench.cut], bench.pixels[: bench.cut], bench.shape, settings.trained)
-        found["trained"] = explained_variance(truth, trained.rebuild(z[bench.cut :]), baseline)
+        rebuilt["trained"] = trained.rebuild(z[bench.cut :])
+        found["trained"] = explained_variance(truth, rebuilt["trained"], baseline)
     if network is not None:
         found |= white_box_features(bench, network, raw, settings)
-    return found
+    lost = {name: ((truth - part) ** 2).sum(1) for name, part in rebuilt.items()}
+    return Evidence(found, lost, ((truth - baseline) ** 2).sum(1))
 
 
 def white_box_features(

@@ -11,7 +11,7 @@ import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgepriv.risk.reconstruction.detectors import DetectorSettings, features, outputs_of, pictures_of
+from edgepriv.risk.reconstruction.detectors import DetectorSettings, Evidence, evidence, outputs_of, pictures_of
 from edgepriv.risk.reconstruction.networks import classifier
 from edgepriv.risk.reconstruction.vicious import Recipe, TrainingSet, train
 
@@ -83,7 +83,7 @@ def train_references(
     settings: DetectorSettings,
     device: str = "cpu",
     progress: Callable[[str], None] | None = None,
-) -> list[dict[str, float | None]]:
+) -> list[Evidence]:
     """Train honest models and measure their features on the bench.
 
     Args:
@@ -96,7 +96,7 @@ def train_references(
         progress: gets one line a reference.
 
     Returns:
-        One feature dictionary a reference.
+        The evidence of each reference.
     """
     found = []
     x = pictures_of(bench.images)
@@ -112,7 +112,7 @@ def train_references(
         )
         pair = train(recipe, data, build=lambda s=recipe.seed, n=number: architecture.build(s, n))  # type: ignore[misc]
         network = pair.classifier.cpu()
-        found.append(features(bench, outputs_of(network, x), network, settings))
+        found.append(evidence(bench, outputs_of(network, x), network, settings))
         if progress:
-            progress(f"reference {number + 1}/{count}: explained variance {found[-1]['ridge']:.3f}")
+            progress(f"reference {number + 1}/{count}: explained variance {found[-1].values['ridge']:.3f}")
     return found
