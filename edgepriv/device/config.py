@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path  # noqa: TC003 - the settings reader resolves the annotations
 from typing import Any
 
+from edgepriv.errors import ConfigError
+from edgepriv.federated.self_check import CheckPolicy
 from edgepriv.settings import load_settings
 
 
@@ -93,6 +95,26 @@ class RoundsConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class SelfCheckConfig:
+    """``[self_check]``: the device's last look at its own update, before every upload of a clear round.
+
+    ``policy``, above a limit: ``send`` (report only), ``drop_bn`` (BatchNorm statistics stay at home), ``add_noise``
+    (and the least noise that meets the limit), ``refuse`` (nothing leaves). ``max_explained_variance``: of the worst
+    example's features. ``examples``: how many of them the bound looks at, 0 for none.
+    """
+
+    policy: str = "drop_bn"
+    max_explained_variance: float = 0.2
+    min_images: int = 9
+    examples: int = 8
+
+    def __post_init__(self) -> None:
+        CheckPolicy(self.policy, self.max_explained_variance, self.min_images)
+        if self.examples < 0:
+            raise ConfigError("examples must not be negative")
+
+
+@dataclass(frozen=True, slots=True)
 class RunConfig:
     """``[run]``: pace and end. ``frames`` 0 runs until stopped; ``linger_s`` waits for acknowledgements at the end."""
 
@@ -114,6 +136,7 @@ class DeviceConfig:
     seal: SealConfig = field(default_factory=SealConfig)
     spool: SpoolConfig = field(default_factory=SpoolConfig)
     rounds: RoundsConfig = field(default_factory=RoundsConfig)
+    self_check: SelfCheckConfig = field(default_factory=SelfCheckConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
 

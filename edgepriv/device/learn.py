@@ -3,21 +3,27 @@
 Only features of the frozen backbone are kept, in memory and bounded; no frame and no feature is written to disk.
 Labels come from the scene (simulation), from a labelled folder, or from a file that ``edgepriv device label`` appends
 to; frames without a label are never trained on. The device trains the softmax head with numpy, or hands the round to
-another trainer.
+another trainer. Every update of a clear round passes `edgepriv.federated.self_check` under the owner's policy before
+it is encoded; the outcome is a counter, its figures stay on the device.
 """
 
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
+import logging
+from collections import Counter, OrderedDict
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgepriv.errors import DataError, WireError
+from edgepriv.device.config import SelfCheckConfig
+from edgepriv.errors import DataError, RefusedError, WireError
 from edgepriv.federated import head
+from edgepriv.federated.head_leakage import affordable
 from edgepriv.federated.local_update import LocalUpdate
 from edgepriv.federated.participant import EndRound, FetchModel, Participant, RoundPolicy, Send, Upload
+from edgepriv.federated.self_check import STATISTICS, CheckPolicy, self_check
 from edgepriv.wire.update import decode_update
 
 if TYPE_CHECKING:
@@ -35,6 +41,7 @@ if TYPE_CHECKING:
     from edgepriv.wire.messages import RoundMessage
     from edgepriv.wire.trust import TrustList
 
+log = logging.getLogger(__name__)
 UNLABELLED_KEPT = 500
 
 
@@ -109,6 +116,7 @@ class Learner:
         trainable: tuple[str, ...],
         metas: dict[int, dict[str, Any]],
         trainer: Trainer | None = None,
+        check: SelfCheckConfig | None = None,
     ) -> None:
         self.samples = Samples(config.max_samples, config.labels)
         self._config, self._state, self._fetcher, self._send = config, state, fetcher, send
@@ -119,8 +127,12 @@ class Learner:
             min_cohort=config.min_cohort,
             max_epsilon=config.epsilon_budget or None,
         )
+        check = check or SelfCheckConfig()
+        self._examples = check.examples
+        self._check_policy = CheckPolicy(check.policy, check.max_explained_variance, check.min_images)
+        self.counters: Counter[str] = Counter()
         saved = self._state_file.read_bytes() if self._state_file.is_file() else b""
-        self.participant = Participant(identity, trust, policy, trainer or self._train, state=saved)
+        self.participant = Participant(identity, trust, policy, self._checked(trainer or self._train), state=saved)
         self.head: Mapping[str, NDArray[Any]] | None = None
         self.head_digest = b""
         self.metas = metas
@@ -151,6 +163,46 @@ class Learner:
         if weight.shape[1] != len(inference.features):
             return None
         return np.asarray(head.apply_head(inference.features[None], weight, bias)[0], np.float32)
+
+    def _checked(self, trainer: Trainer) -> Trainer:
+        """The trainer, and behind it the look at what it made."""
+
+        def train(weights: Mapping[str, NDArray[Any]], settings: RoundSettings) -> LocalUpdate:
+            update = trainer(weights, settings)
+            return self._check(update, weights, settings) if update.examples else update
+
+        return train
+
+    def _check(self, update: LocalUpdate, weights: Mapping[str, NDArray[Any]], settings: RoundSettings) -> LocalUpdate:
+        """What may leave of an update, by the owner's policy (RefusedError: nothing). Masks hide single updates."""
+        shared = settings.recipe.shares_statistics
+        sent = {n: t for n, t in update.tensors.items() if shared or not n.endswith(STATISTICS)}
+        policy = replace(self._check_policy, masked=settings.masked)
+        try:
+            found = self_check(
+                sent, settings.recipe, policy, n_images=update.examples, round_number=settings.round,
+                **self._known(sent, weights, settings),
+            )  # fmt: skip
+        except RefusedError:
+            self.counters["self_check_refused"] += 1
+            raise
+        self.counters[f"self_check_{found.action}"] += 1
+        self.counters["self_check_above_limit"] += not found.within_limits
+        log.info("self-check of round %d: %s", settings.round, json.dumps(found.record()))
+        return LocalUpdate(found.update, update.examples)
+
+    def _known(
+        self, sent: Mapping[str, NDArray[Any]], weights: Mapping[str, NDArray[Any]], settings: RoundSettings
+    ) -> dict[str, Any]:
+        """What the bound needs, where a head alone was trained here on features and the board can afford it."""
+        if set(sent) != {head.WEIGHT, head.BIAS} or not self._examples:
+            return {}
+        features, labels = self.samples.arrays()
+        if not affordable(weights[head.WEIGHT].shape, settings.recipe.steps(len(labels))):
+            self.counters["self_check_without_bound"] += 1
+            return {}
+        order = np.random.default_rng(settings.seed).permutation(len(labels))
+        return {"head": weights, "features": features[order], "labels": labels[order], "examples": self._examples}
 
     def _train(self, weights: Mapping[str, NDArray[Any]], settings: RoundSettings) -> LocalUpdate:
         features, labels = self.samples.arrays()

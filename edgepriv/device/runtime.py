@@ -298,9 +298,11 @@ class DeviceRuntime:
         expires = certificate_expiry(self.config.broker.certificate)
         if expires:
             counters["certificate_days"] = round((expires - now) / 86_400, 1)
-        trust = self.stages.trust
+        trust, learner = self.stages.trust, self.stages.learner
         if trust is not None:
             counters |= trust.counters
+        if learner is not None:
+            counters |= learner.counters
         return Status(
             at=now,
             firmware=_version(),

@@ -141,6 +141,7 @@ def _learner(
         drop_upload=runtime.drop_upload,
         trainable=runtime.stages.inferer.spec.trainable,
         metas=metas,
+        check=config.self_check,
     )
 
 

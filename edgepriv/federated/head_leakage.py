@@ -34,6 +34,13 @@ if TYPE_CHECKING:
 MAX_JOINT_UNKNOWNS = 1536
 MAX_JOINT_VALUES = 40_000_000
 MAX_EXAMPLES = 512
+AFFORDABLE = 15_000_000  # values of one example's derivatives times local steps: seconds on a small board
+
+
+def affordable(weight_shape: tuple[int, ...], steps: int) -> bool:
+    """Whether a board can carry one example's derivatives through all local steps of a head of this shape."""
+    classes, features = weight_shape
+    return features * classes * (features + 1) * steps <= AFFORDABLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +92,7 @@ def head_jacobian(
     recipe: LocalRecipe,
     *,
     prior_variance: NDArray[Any] | None = None,
+    examples: int | None = None,
 ) -> HeadJacobian:
     """Differentiate the head's change with respect to the features, in the order in which they are trained on.
 
@@ -94,6 +102,7 @@ def head_jacobian(
         labels: [n].
         recipe: what the device does.
         prior_variance: [d] of public features; by default the mean square of these features, for each.
+        examples: only so many of them, evenly spaced, each with all others taken as known.
 
     Raises:
         DataError: shapes that do not fit, or more than 512 examples.
@@ -103,14 +112,15 @@ def head_jacobian(
     weight, bias = (np.asarray(head[name], np.float64) for name in (WEIGHT, BIAS))
     if x.ndim != 2 or x.shape[1] != weight.shape[1] or len(x) != len(y) or not len(x):
         raise DataError(f"features {x.shape} and {len(y)} labels do not fit a head {weight.shape}")
-    if len(x) > MAX_EXAMPLES:
+    chosen = np.arange(len(x)) if examples is None else np.unique(np.linspace(0, len(x) - 1, examples).astype(int))
+    if len(chosen) > MAX_EXAMPLES:
         raise DataError(f"{len(x)} examples are more than {MAX_EXAMPLES}", hint="check a sample of them")
     # own features are too few for a variance each: their mean square errs on the side of more noise
     own = np.full(x.shape[1], float((x * x).mean()))
     prior = own if prior_variance is None else np.asarray(prior_variance, np.float64)
     unknowns, values = x.size, weight.size + bias.size
-    joint = unknowns <= MAX_JOINT_UNKNOWNS and unknowns * values <= MAX_JOINT_VALUES
-    blocks = tuple(_example_tangents(weight, bias, x, y, recipe, i) for i in range(len(x)))
+    joint = len(chosen) == len(x) and unknowns <= MAX_JOINT_UNKNOWNS and unknowns * values <= MAX_JOINT_VALUES
+    blocks = tuple(_example_tangents(weight, bias, x, y, recipe, i) for i in chosen)
     return HeadJacobian(blocks, prior + 1e-4, joint, time.perf_counter() - began)
 
 

@@ -18,11 +18,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RoundSettings:
-    """What the round asks of local training; ``seed`` orders the batches and is the device's own choice."""
+    """What the round asks of local training; ``seed`` orders the batches and is the device's own choice.
+
+    ``masked``: nobody but this device sees its single update.
+    """
 
     recipe: LocalRecipe
     round: int
     seed: int
+    masked: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -284,7 +284,8 @@ class Participant:
     def _train(self, running: _Running) -> list[Action]:
         opened = running.opened
         weights = running.weights or {}
-        settings = RoundSettings(_recipe(opened), opened.round, self.seed + opened.round)
+        masked = opened.privacy == rounds.MASKED
+        settings = RoundSettings(_recipe(opened), opened.round, self.seed + opened.round, masked)
         update = self.trainer(weights, settings)
         if update.examples < 1:
             raise RefusedError("no labelled examples")

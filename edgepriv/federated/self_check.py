@@ -117,6 +117,7 @@ def self_check(
     head: Tensors | None = None,
     features: NDArray[Any] | None = None,
     labels: NDArray[Any] | None = None,
+    examples: int | None = None,
     rng: np.random.Generator | None = None,
 ) -> SelfCheck:
     """Check an update and protect it as the policy says.
@@ -130,6 +131,7 @@ def self_check(
         head: ``head.weight`` and ``head.bias`` before the round, for the bound.
         features: [n, d] what the head was trained on, for the bound.
         labels: [n].
+        examples: how many of them the bound looks at, the others taken as known; all of them by default.
         rng: for the noise; the operating system's entropy by default.
 
     Raises:
@@ -141,7 +143,7 @@ def self_check(
         *_size_findings(recipe, policy, n_images, round_number),
         *_statistics_findings(update, recipe, n_images),
     ]
-    jacobian = _jacobian(head, features, labels, recipe)
+    jacobian = _jacobian(head, features, labels, recipe, examples)
     noise = max(policy.noise_sigma, policy.rounding_sigma)
     before = None if jacobian is None else max(feature_bound(jacobian, noise).per_example)
     if before is not None:
@@ -217,10 +219,14 @@ def _statistics_findings(update: Tensors, recipe: LocalRecipe, n_images: int) ->
 
 
 def _jacobian(
-    head: Tensors | None, features: NDArray[Any] | None, labels: NDArray[Any] | None, recipe: LocalRecipe
+    head: Tensors | None,
+    features: NDArray[Any] | None,
+    labels: NDArray[Any] | None,
+    recipe: LocalRecipe,
+    examples: int | None,
 ) -> HeadJacobian | None:
     if head is None or features is None or labels is None:
         return None
     if WEIGHT not in head or BIAS not in head:
         raise DataError(f"the head needs {WEIGHT} and {BIAS}")
-    return head_jacobian(head, features, labels, recipe)
+    return head_jacobian(head, features, labels, recipe, examples=examples)
