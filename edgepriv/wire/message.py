@@ -53,8 +53,9 @@ def message(kind: str) -> Callable[[type[M]], type[M]]:
 
 def encode(value: Any) -> bytes:
     """Encode a registered message."""
-    fields = {field.name: _out(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    return cbor.encode({"t": type(value).kind, **fields})
+    body = {name: _out(getattr(value, name)) for name in type(value).__slots__}
+    body["t"] = type(value).kind
+    return cbor.encode(body)
 
 
 def decode(raw: bytes, *, max_bytes: int = MAX_MESSAGE_BYTES) -> Any:
