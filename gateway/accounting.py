@@ -4,7 +4,8 @@ Events, as the security design names them: noise added on devices is a Gaussian 
 knows who was sampled). Noise added by the gateway is a Poisson-sampled Gaussian only where devices were chosen by
 independent coin flips; a sample of fixed size is accounted with replace-one neighbours, where one device can move
 the sum by twice the clip; ``all`` is a plain Gaussian. One replace-one round makes the whole history replace-one.
-Aborted rounds count.
+Aborted rounds count. With adaptive clipping the noisy sum and the noisy count of one round are one Gaussian
+(`edgepriv.federated.privacy.joint_multiplier`), amplified as the round is.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from edgepriv.errors import MissingDependencyError
+from edgepriv.federated.privacy import joint_multiplier
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -24,8 +26,9 @@ def spent_epsilon(rounds: Iterable[Mapping[str, Any]], delta: float) -> float:
     """Epsilon at ``delta`` after these rounds.
 
     Args:
-        rounds: maps with ``noise``, ``noise_multiplier``, ``participation``, ``sample_share``, ``invited`` and
-            ``population`` (fields of `RoundRecord`); rounds without noise are not counted (they promise nothing).
+        rounds: maps with ``noise``, ``noise_multiplier``, ``participation``, ``sample_share``, ``invited``,
+            ``population`` and, where the clip adapts, ``adaptive_clip`` and ``clip_noise`` (fields of `RoundRecord`);
+            rounds without noise are not counted (they promise nothing).
         delta: above 0.
 
     Raises:
@@ -50,8 +53,10 @@ def spent_epsilon(rounds: Iterable[Mapping[str, Any]], delta: float) -> float:
 
 
 def _event(accounting: Any, item: Mapping[str, Any], *, replace: bool) -> Any:
-    multiplier = item["noise_multiplier"] / (2 if replace else 1)
-    gaussian = accounting.GaussianDpEvent(multiplier)
+    joint = joint_multiplier(
+        item["noise_multiplier"], item.get("clip_noise", 0.0), adaptive=bool(item.get("adaptive_clip"))
+    )
+    gaussian = accounting.GaussianDpEvent(joint / (2 if replace else 1))
     population, sample, share = item["population"], item["invited"], item["sample_share"]
     if item["noise"] != "central":
         return gaussian

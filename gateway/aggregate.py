@@ -19,6 +19,7 @@ No clock, no network. All functions take paths below a folder of the round.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 import struct
@@ -28,12 +29,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgepriv.errors import DataError, RefusedError, WireError
-from edgepriv.federated.fixed_point import add_into, decode_sum, ring_of
+from edgepriv.federated.fixed_point import decode_sum, ring_of
 from edgepriv.federated.layout import Layout
 from edgepriv.wire import cbor
 from edgepriv.wire.rounds import MASKED
 from edgepriv.wire.update import DTYPES, encode_header, read_header
-from gateway.update_files import blocks, masked_length, open_source
+from gateway.update_files import blocks, masked_length, open_source, tail_length
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -84,12 +85,13 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """New global weights on disk."""
+    """New global weights on disk; ``within``: share of the devices within the clip (adaptive clipping)."""
 
     digest: bytes
     size: int
     norm: float
     devices: int
+    within: float = 0.0
 
 
 def digest_of(path: Path) -> bytes:
@@ -189,36 +191,6 @@ def write_sum(
     return Checkpoint(before.path, before.length, taken)
 
 
-def merge(folder: Path, opened: RoundOpen, partial: Path) -> Checkpoint:
-    """Add another gateway's partial sum (a ``sum.bin`` of the same announcement) to this folder's.
-
-    Raises:
-        DataError: not of this round, or a device would count twice.
-    """
-    before, other = load_checkpoint(folder, opened), load_checkpoint(partial.parent, opened)
-    names = {row[:2] for row in before.taken}
-    if doubled := [row[0] for row in other.taken if row[:2] in names]:
-        raise DataError(f"{doubled[0]} is in both partial sums")
-    taken = (*before.taken, *other.taken)
-    with other.path.open("rb") as file:
-        return write_sum(before, opened, taken, [(_nobody(other), _Sum(file, opened), 1.0)])
-
-
-def _nobody(checkpoint: Checkpoint) -> Staged:
-    return Staged("", b"", checkpoint.path)
-
-
-class _Sum:
-    """A partial sum as a source."""
-
-    def __init__(self, file: Any, opened: RoundOpen) -> None:
-        self.file, self.dtype = file, ring_of(opened).dtype
-
-    def add(self, total: NDArray[Any], a: int, b: int, *_: Any) -> None:
-        self.file.seek(a * self.dtype.itemsize)
-        add_into(total, _read(self.file, b - a, self.dtype))
-
-
 class SumReader:
     """A sum read from its start, with masks taken off on the way."""
 
@@ -241,14 +213,6 @@ class SumReader:
             self.file.close()
 
 
-def read_weights(checkpoint: Checkpoint, opened: RoundOpen) -> NDArray[np.int64]:
-    """Total weight of each tensor, from the last coordinates of a clear sum."""
-    ring, count = ring_of(opened), len(opened.tensors)
-    with checkpoint.path.open("rb") as file:
-        file.seek((checkpoint.length - count) * ring.dtype.itemsize)
-        return _read(file, count, ring.dtype).astype(np.int64)
-
-
 def finish(
     folder: Path,
     opened: RoundOpen,
@@ -257,7 +221,9 @@ def finish(
     *,
     unmask: Callable[[], Callable[[NDArray[Any]], None]] | None = None,
     noise: Callable[[int], NDArray[np.float64]] | None = None,
+    count_noise: float = 0.0,
     rate: float = 1.0,
+    cohorts: int = 1,
 ) -> Result:
     """Write ``base + rate * sum / weight`` as the new global weights.
 
@@ -268,7 +234,9 @@ def finish(
         out: where the new ones go (written beside, synced, renamed).
         unmask: makes a function that takes masks off consecutive blocks of the sum in place (masked rounds).
         noise: gives that many samples to add to the sum, in units of the sum (central noise).
+        count_noise: a sample to add to the count of devices within the clip (central noise, adaptive clipping).
         rate: the server's learning rate.
+        cohorts: how many cohorts' noise is in the sum.
 
     Raises:
         RefusedError: nothing in the sum, or its mean is longer than any honest mean can be.
@@ -276,9 +244,14 @@ def finish(
     checkpoint = load_checkpoint(folder, opened)
     if not checkpoint.taken:
         raise RefusedError("no update is in the sum")
-    mean, weights = _decode(folder, checkpoint, opened, unmask, noise)
+    devices = len(checkpoint.taken)
+    mean, count, weights = _decode(folder, checkpoint, opened, unmask, noise)
     try:
-        return apply_mean(mean, weights, opened, base, out, rate, len(checkpoint.taken))
+        result = apply_mean(mean, weights, opened, base, out, rate, devices, cohorts=cohorts)
+        if not opened.adaptive_clip:
+            return result
+        counted = opened.survivors if opened.noise != "none" else devices  # a fixed denominator under noise, as above
+        return dataclasses.replace(result, within=0.5 + (count + count_noise) / counted)
     finally:
         mean.unlink(missing_ok=True)
 
@@ -289,26 +262,35 @@ def _decode(
     opened: RoundOpen,
     unmask: Callable[[], Callable[[NDArray[Any]], None]] | None,
     noise: Callable[[int], NDArray[np.float64]] | None,
-) -> tuple[Path, NDArray[np.int64]]:
-    """The open sum as float32 in a file of its own, and the weights, which stand last."""
+) -> tuple[Path, float, NDArray[np.int64]]:
+    """The open sum as float32 in a file of its own, the count of adaptive clipping, and the weights, which are last."""
     path, ring = folder / "plain.bin", ring_of(opened)
-    values = checkpoint.length - len(opened.tensors)
+    values = checkpoint.length - tail_length(opened)
     reader = SumReader(checkpoint, opened, unmask() if unmask else None)
     with path.open("wb") as file:
         for a, b in blocks(0, values):
             plain = decode_sum(reader.next(b - a), ring)
             file.write((plain + noise(b - a) if noise else plain).astype("<f4").data)
+    count = float(decode_sum(reader.next(1), ring)[0]) if opened.adaptive_clip else 0.0
     weights = reader.next(len(opened.tensors)).astype(np.int64)
     reader.close()
     if opened.noise != "none":
         weights = np.full_like(weights, opened.survivors)  # a fixed public denominator: nobody's presence shows in it
     if (weights < 0).any() or weights.max() > opened.max_weight * opened.devices:
         raise RefusedError("the sum's weights are impossible: a device sent a wrong masked update")
-    return path, weights
+    return path, count, weights
 
 
 def apply_mean(
-    mean: Path, weights: NDArray[np.int64], opened: RoundOpen, base: Path, out: Path, rate: float, devices: int
+    mean: Path,
+    weights: NDArray[np.int64],
+    opened: RoundOpen,
+    base: Path,
+    out: Path,
+    rate: float,
+    devices: int,
+    *,
+    cohorts: int = 1,
 ) -> Result:
     """Write ``base + rate * mean / weights``; ``mean``: a file of float32 values in the layout of the round."""
     writer = _WeightsWriter(opened, base, mean, weights, rate)
@@ -317,7 +299,7 @@ def apply_mean(
         writer.write(file)
         sync(file)
     norm = float(np.sqrt(writer.squares))
-    limit = _longest_honest(opened, writer.values, devices) * rate
+    limit = _longest_honest(opened, writer.values, devices, cohorts) * rate
     if norm > limit:
         fresh.unlink()
         raise RefusedError(f"the mean update has norm {norm:.3g}, no honest one is above {limit:.3g}")
@@ -325,10 +307,10 @@ def apply_mean(
     return Result(writer.digest.digest(), out.stat().st_size, norm, devices)
 
 
-def _longest_honest(opened: RoundOpen, values: int, devices: int) -> float:
+def _longest_honest(opened: RoundOpen, values: int, devices: int, cohorts: int) -> float:
     """A mean of clipped updates is at most the clip; noise adds its own length; rounding half a step a value."""
     scale = devices / opened.survivors if opened.noise != "none" else 1.0
-    noise = 4 * opened.noise_multiplier * np.sqrt(values) / opened.survivors
+    noise = 4 * opened.noise_multiplier * np.sqrt(cohorts * values) / opened.survivors
     return float(opened.clip * (1.001 * scale + noise) + np.sqrt(values) * 2.0**-opened.fraction_bits)
 
 

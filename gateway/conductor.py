@@ -4,31 +4,33 @@ The daemon hands in messages, offers, completed uploads and the time; it gets `T
 back and passes them on. Staging files are the daemon's; this file reads a complete one in `tick` (where everything
 that takes long happens, several uploads in one pass) and acknowledges it after the sum that holds it is durable.
 
-Store: ``save(round, bytes)`` must be durable when it returns; ``load()`` gives the saved bytes of rounds that have
-not been ``close``d; ``close(record)`` stores the record for ever and may forget the bytes.
+A masked round over more devices than ``max_cohort`` is divided into cohorts, and a round over shards consists of what
+other gateways bring: `gateway.parted`, carried out by `gateway.cohorts`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import random
 import shutil
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from edgepriv.errors import EdgeprivError, RefusedError, WireError
-from edgepriv.federated.noise import NoiseStream
+from edgepriv.federated.privacy import next_clip
+from edgepriv.wire import cbor
 from edgepriv.wire import rounds as wire_rounds
 from edgepriv.wire.messages import Ack, Offer, RoundMessage
 from edgepriv.wire.rounds import MASKED, Confirm, Join
 from gateway import aggregate, robust_sum, round_events, shards
 from gateway.aggregate import Staged
+from gateway.cohorts import Parts
+from gateway.parted import PartedRound, cohorts_of
+from gateway.round_ports import DropUpload, OpenUpload, Outgoing, RoundStore, Tell
 from gateway.rounds import ENDED, Round
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
-
-    from numpy.typing import NDArray
 
     from edgepriv.wire.trust import TrustList
     from gateway.round_events import Action, Event
@@ -36,68 +38,22 @@ if TYPE_CHECKING:
     from gateway.round_record import RoundRecord
 
 
-class RoundStore(Protocol):
-    """What rounds need stored; see the module."""
-
-    def save(self, round_number: int, raw: bytes) -> None:
-        """Replace the round's bytes, durably."""
-        ...
-
-    def load(self) -> list[bytes]:
-        """Bytes of all rounds that are not closed, by number."""
-        ...
-
-    def close(self, record: RoundRecord) -> None:
-        """Store the record; a second call with the same round changes nothing."""
-        ...
-
-    def records(self) -> list[dict[str, Any]]:
-        """Closed rounds, oldest first: the fields of `RoundRecord` by name."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Tell:
-    """Seal this `RoundMessage` or `Ack` and send it to the device."""
-
-    device: str
-    message: RoundMessage | Ack
-
-
-@dataclass(frozen=True, slots=True)
-class OpenUpload:
-    """Make (or keep) a staging file for this offer and grant credits for it."""
-
-    device: str
-    digest: bytes
-    size: int
-
-
-@dataclass(frozen=True, slots=True)
-class DropUpload:
-    """Delete what is staged under this digest; no more credits."""
-
-    device: str
-    digest: bytes
-
-
-Outgoing = Tell | OpenUpload | DropUpload
-
-
 class Conductor:
     """All running rounds of one gateway shard. ``folder`` holds a folder for each round and the global weights."""
 
     def __init__(self, folder: Path, store: RoundStore, trust: TrustList, *, keep_models: int = 3) -> None:
         self.folder, self.store, self.trust, self.keep_models = folder, store, trust, keep_models
-        self.rounds: dict[int, Round] = {}
+        self.rounds: dict[int, Round | PartedRound] = {}
+        self.cohorts: dict[tuple[int, str], Round] = {}
+        self.parts = Parts(self)
         self.records: list[RoundRecord] = []
         self.counters = {"steps_refused": 0, "updates_refused": 0, "updates_folded": 0, "late": 0}
-        self._pending: dict[int, dict[tuple[str, bytes], Staged]] = {}
+        self._pending: dict[str, dict[tuple[str, bytes], Staged]] = {}
         self._paths: dict[bytes, Path] = {}
-        self._unmaskers: dict[int, Any] = {}
-        self._ended: list[int] = []
-        self._dirty: set[int] = set()
-        self._saved: dict[int, bytes] = {}
+        self._unmaskers: dict[str, Any] = {}
+        self._ended: list[str] = []
+        self._dirty: dict[str, Round | PartedRound] = {}
+        self._saved: dict[str, bytes] = {}
         self.deferred = False  # True: the caller calls `flush` before it commits, one save for many events
         self.noise_seed = b""  # simulations only: empty takes the operating system's randomness
         self.models.mkdir(parents=True, exist_ok=True)
@@ -136,36 +92,75 @@ class Conductor:
             ConfigError: the plan's arithmetic could overflow.
             RefusedError: its number was used, its base is not here, or it would pass the privacy budget.
         """
+        self._check_new(plan)
+        names = sorted(set(devices))
+        if plan.privacy == MASKED and len(names) > plan.max_cohort:
+            random.SystemRandom().shuffle(names)
+            return self._open_parted(plan, cohorts_of(names, plan.max_cohort), now, remote=False)
+        current = Round(plan, names, now)
+        self._check_budget(current)
+        self.rounds[plan.round] = current
+        self.make_folder(plan.key)
+        self.store.save(plan.round, current.to_bytes())
+        return self.carry_out(current, current.start(), now)
+
+    def open_sharded(self, plan: RoundPlan, shard_names: Sequence[str], now: float) -> list[Outgoing]:
+        """Start a round whose parts are other gateways' partial sums; errors as `open_round`."""
+        self._check_new(plan)
+        return self._open_parted(plan, dict.fromkeys(shard_names, ()), now, remote=True)
+
+    def _open_parted(
+        self, plan: RoundPlan, parts: Mapping[str, Sequence[str]], now: float, *, remote: bool
+    ) -> list[Outgoing]:
+        parent = self.parts.open(plan, parts, now, remote=remote)
+        self._check_budget(parent)
+        self.rounds[plan.round] = parent
+        self.make_folder(plan.key)
+        self.store.save(plan.round, parent.to_bytes())
+        return self._flushed(self.parts.carry_out(parent, parent.start(), now))
+
+    def _check_new(self, plan: RoundPlan) -> None:
         if plan.round in self.rounds or any(r["round"] >= plan.round for r in self.store.records()):
             raise RefusedError(f"round {plan.round} is not new: a new attempt is a new number")
         if not self.model_path(plan.base).exists() or (plan.reference and not self.model_path(plan.reference).exists()):
             raise RefusedError("the round's base weights, or its reference update, are not here")
-        current = Round(plan, devices, now)
-        spent = self._spent(current)
-        if plan.max_epsilon and spent > plan.max_epsilon:
-            raise RefusedError(f"the privacy budget would be passed: epsilon {spent:.2f} of {plan.max_epsilon:g}")
-        self.rounds[plan.round] = current
-        self._round_folder(plan.round).mkdir(parents=True, exist_ok=True)
-        self.store.save(plan.round, current.to_bytes())
-        return self._carry_out(current, current.start(), now)
+
+    def _check_budget(self, current: Round | PartedRound) -> None:
+        spent, most = self.spent(current), current.plan.max_epsilon
+        if most and spent > most:
+            raise RefusedError(f"the privacy budget would be passed: epsilon {spent:.2f} of {most:g}")
 
     def resume(self, now: float, staged: dict[bytes, Path] | None = None) -> list[Outgoing]:
         """After a restart: load what was saved; ``staged``: complete uploads by digest that the daemon still has."""
         self._paths.update(staged or {})
+        self._load()
         out: list[Outgoing] = []
-        for raw in self.store.load():
-            current = Round.from_bytes(raw)
-            self.rounds[current.plan.round] = current
+        for current in self._singles():
             with contextlib.suppress(EdgeprivError):
                 for device, digest in self._in_sum(current):
-                    out += self._carry_out(current, self._note_folded(current, device, digest, now), now)
-            out += self._carry_out(current, current.resume(now), now)
+                    out += self.carry_out(current, self._note_folded(current, device, digest, now), now)
+            out += self.carry_out(current, current.resume(now), now)
+        for parent in [r for r in self.rounds.values() if isinstance(r, PartedRound)]:
+            out += self.parts.carry_out(parent, parent.resume(now), now)
+        kept = {self._round_folder(r.plan.key) for r in [*self.rounds.values(), *self.cohorts.values()]}
         for folder in self.folder.glob("round-*"):
-            number = folder.name.removeprefix("round-")
-            if number.isdigit() and int(number) not in self.rounds:
+            if folder not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
         self.flush()
         return out
+
+    def _load(self) -> None:
+        for raw in self.store.load():
+            body = cbor.decode_map(raw, max_bytes=256 << 20)
+            if "parts" in body:
+                parent = PartedRound.from_map(body)
+                self.rounds[parent.plan.round] = parent
+                continue
+            current = Round.from_bytes(raw)
+            if current.plan.part:
+                self.cohorts[current.plan.round, current.plan.part] = current
+            else:
+                self.rounds[current.plan.round] = current
 
     def on_message(self, device: str, outer: RoundMessage, now: float) -> list[Outgoing]:
         """A step from an authenticated device.
@@ -173,7 +168,7 @@ class Conductor:
         Raises:
             WireError: malformed (the caller counts it).
         """
-        current = self.rounds.get(outer.round)
+        current = self._round_of(outer.round, device)
         if current is None:
             return []
         try:
@@ -182,13 +177,13 @@ class Conductor:
         except EdgeprivError as error:
             self.counters["steps_refused"] += 1
             raise WireError(f"round {outer.round}: {error}") from error
-        return self._event(current, round_events.Stepped(device, body), now)
+        return self.event(current, round_events.Stepped(device, body), now)
 
     def on_offer(self, device: str, offer: Offer, now: float) -> list[Outgoing]:
         """An update is offered; the answer may come at once or later, in any call."""
-        current, stale = self.rounds.get(offer.round), 0
+        current, stale = self._round_of(offer.round, device), 0
         if current is None or current.state in ENDED:
-            newer = [r for n, r in self.rounds.items() if n > offer.round and r.plan.late == "next"]
+            newer = [r for r in self._singles() if r.plan.round > offer.round and r.plan.late == "next"]
             newer = [r for r in newer if r.state == "collecting"]
             if newer and not (current and self._was_taken(current, device)):
                 current, stale = newer[0], newer[0].plan.round - offer.round
@@ -198,7 +193,7 @@ class Conductor:
             return [Tell(device, Ack(offer.digest, "rejected", reason)), DropUpload(device, offer.digest)]
         examples = offer.meta.get("examples", 0)
         examples = examples if type(examples) is int else 0
-        return self._event(current, round_events.Offered(device, offer.digest, offer.size, examples, stale), now)
+        return self.event(current, round_events.Offered(device, offer.digest, offer.size, examples, stale), now)
 
     def on_progress(self, device: str, digest: bytes, now: float) -> None:
         """A chunk arrived (call it once a second or so for each open upload: it keeps the slot)."""
@@ -210,53 +205,85 @@ class Conductor:
         self._paths[digest] = path
         for current in self._running():
             if current.knows(device, digest):
-                return self._event(current, round_events.UploadComplete(device, digest), now)
+                return self.event(current, round_events.UploadComplete(device, digest), now)
         return [Tell(device, Ack(digest, "rejected", "no round wants it")), DropUpload(device, digest)]
 
     def cancel(self, round_number: int, reason: str, now: float) -> list[Outgoing]:
         """Stop a round."""
         current = self.rounds.get(round_number)
-        out = self._event(current, round_events.Cancelled(reason), now) if current else []
-        self.flush()
-        return out
+        if isinstance(current, PartedRound):
+            return self._flushed(self.parts.carry_out(current, current.cancel(reason, now), now))
+        return self._flushed(self.event(current, round_events.Cancelled(reason), now) if current else [])
 
     def tick(self, now: float) -> list[Outgoing]:
         """Let time pass and do the heavy work that is due. Call it at least once a second."""
         out: list[Outgoing] = []
         while self._ended:  # the caller's transaction that holds the record is over by now
             shutil.rmtree(self._round_folder(self._ended.pop()), ignore_errors=True)
-        for current in list(self.rounds.values()):
+        for current in self._singles():
             out += self._fold_pending(current, now)
             if current.state not in ENDED:
-                out += self._event(current, round_events.Tick(), now)
-        self.flush()
-        return out
+                out += self.event(current, round_events.Tick(), now)
+        for parent in [r for r in self.rounds.values() if isinstance(r, PartedRound)]:
+            out += self.parts.carry_out(parent, parent.tick(now), now)
+        return self._flushed(out)
 
     # --- inside -------------------------------------------------------------------------------------------
 
-    def _running(self) -> list[Round]:
-        return [r for r in self.rounds.values() if r.state not in ENDED]
+    def _singles(self) -> list[Round]:
+        """Rounds and cohorts that devices take part in."""
+        return [*(r for r in self.rounds.values() if isinstance(r, Round)), *self.cohorts.values()]
 
-    def _spent(self, current: Round) -> float:
+    def _running(self) -> list[Round]:
+        return [r for r in self._singles() if r.state not in ENDED]
+
+    def _round_of(self, number: int, device: str) -> Round | None:
+        """The round of this number, or the cohort of it that the device is in."""
+        found = self.rounds.get(number)
+        if isinstance(found, PartedRound):
+            return next((r for (n, _), r in self.cohorts.items() if n == number and device in r.devices), None)
+        return found
+
+    def _flushed(self, out: list[Outgoing]) -> list[Outgoing]:
+        self.flush()
+        return out
+
+    def touch(self, current: Round | PartedRound) -> None:
+        """Note that a round must be saved."""
+        self._dirty[current.plan.key] = current
+
+    def make_folder(self, key: str) -> Path:
+        """The folder of a round or of a part of it."""
+        folder = self._round_folder(key)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def spent(self, current: Round | PartedRound) -> float:
         """Epsilon of all rounds on this model with this one; 0 where rounds promise nothing."""
         plan = current.plan
         if plan.noise == "none":
             return 0.0
         from gateway.accounting import spent_epsilon
 
-        now = {
-            "noise": plan.noise,
-            "noise_multiplier": plan.noise_multiplier,
-            "participation": plan.participation,
-            "sample_share": plan.sample_share,
-            "invited": sum(1 for name in current.devices if "~" not in name),
-            "population": plan.population,
-        }
+        names = (
+            "noise",
+            "noise_multiplier",
+            "participation",
+            "sample_share",
+            "population",
+            "adaptive_clip",
+            "clip_noise",
+        )
+        now: dict[str, Any] = {name: getattr(plan, name) for name in names}
+        if isinstance(current, PartedRound):
+            now["invited"] = sum(len(part.members) for part in current.parts.values())
+        else:
+            now["invited"] = sum(1 for name in current.devices if "~" not in name)
         past = [r for r in self.store.records() if r["model"] == plan.model and r["round"] != plan.round]
         return spent_epsilon([*past, now], plan.delta)
 
-    def _round_folder(self, number: int) -> Path:
-        return self.folder / f"round-{number}"
+    def _round_folder(self, key: str) -> Path:
+        return self.folder / f"round-{key}"
 
     def _was_taken(self, current: Round, device: str) -> bool:
         return bool(current.record and device in current.record.participants)
@@ -274,35 +301,35 @@ class Conductor:
             digest = wire_rounds.survivors_digest(plan.round, plan.cohort, plan.base, names)
             self.trust.party(device, "device").verify(wire_rounds.SURVIVORS_USE, digest, body.signature)
 
-    def _event(self, current: Round, event: Event, now: float) -> list[Outgoing]:
+    def event(self, current: Round, event: Event, now: float) -> list[Outgoing]:
+        """Hand an event to a round, save it, and do what it decides."""
         actions = current.handle(event, now)
-        self._dirty.add(current.plan.round)
+        self.touch(current)
         if not self.deferred:
             self.flush()
-        return self._carry_out(current, actions, now)
+        return self.carry_out(current, actions, now)
 
     def flush(self) -> None:
         """Save the rounds that changed. With ``deferred`` the caller does this before its transaction ends."""
-        for number in sorted(self._dirty):
-            current = self.rounds.get(number)
-            if current is None or current.record:
+        for key, current in sorted(self._dirty.items()):
+            if current.record:
                 continue
             raw = current.to_bytes()
-            if raw != self._saved.get(number):
-                self.store.save(number, raw)
-                self._saved[number] = raw
+            if raw != self._saved.get(key):
+                self.store.save(current.plan.round, raw, current.plan.part)
+                self._saved[key] = raw
         self._dirty.clear()
 
     def _note_folded(self, current: Round, device: str, digest: bytes, now: float) -> list[Action]:
         return [] if current.record else current.handle(round_events.Folded(device, digest), now)
 
-    def _carry_out(self, current: Round, actions: list[Action], now: float) -> list[Outgoing]:
+    def carry_out(self, current: Round, actions: list[Action], now: float) -> list[Outgoing]:
+        """Do what a round decided."""
         out: list[Outgoing] = []
-        number = current.plan.round
         for action in actions:
             match action:
                 case round_events.Send(device, step, body):
-                    out.append(Tell(device, wire_rounds.step_message(number, step, body)))
+                    out.append(Tell(device, wire_rounds.step_message(current.plan.round, step, body)))
                 case round_events.GrantUpload(device, digest, size):
                     out.append(OpenUpload(device, digest, size))
                 case round_events.Accept(device, digest):
@@ -311,20 +338,22 @@ class Conductor:
                     out += [Tell(device, Ack(digest, "rejected", reason[:400])), DropUpload(device, digest)]
                 case round_events.Fold(device, digest, weight, stale):
                     if path := self._paths.get(digest):
-                        pending = self._pending.setdefault(number, {})
+                        pending = self._pending.setdefault(current.plan.key, {})
                         pending[device, digest] = Staged(device, digest, path, weight, stale)
                     else:
-                        out += self._event(current, round_events.Folded(device, digest, "lost in staging"), now)
+                        out += self.event(current, round_events.Folded(device, digest, "lost in staging"), now)
                 case round_events.RemoveMasks():
                     out += self._remove_masks(current, action, now)
                 case round_events.Finish():
-                    out += self._event(current, self._finish(current), now)
+                    out += self.event(current, self._finish(current), now)
+                case round_events.Close(record) if current.plan.part:
+                    out += self.parts.cohort_closed(current, record, now)
                 case round_events.Close(record):
-                    self._close(record)
+                    self.close_round(record)
         return out
 
     def _fold_pending(self, current: Round, now: float) -> list[Outgoing]:
-        pending = self._pending.pop(current.plan.round, {})
+        pending = self._pending.pop(current.plan.key, {})
         if not pending:
             return []
         refused = self._add(current, list(pending.values()))
@@ -333,13 +362,13 @@ class Conductor:
         for device, digest in pending:
             reason = reasons.get((device, digest), "")
             self.counters["updates_refused" if reason else "updates_folded"] += 1
-            out += self._event(current, round_events.Folded(device, digest, reason), now)
+            out += self.event(current, round_events.Folded(device, digest, reason), now)
             self._paths.pop(digest, None)
         return out
 
     def _add(self, current: Round, items: list[Staged]) -> list[aggregate.Refusal]:
         """Put checked updates where the round's rule needs them; the refused ones come back."""
-        folder, rule = self._round_folder(current.plan.round), current.plan.rule
+        folder, rule = self._round_folder(current.plan.key), current.plan.rule
         if rule in robust_sum.RULES:
             return robust_sum.keep(folder, current.opened, items)
         refused: list[aggregate.Refusal] = []
@@ -352,7 +381,7 @@ class Conductor:
 
     def _in_sum(self, current: Round) -> list[tuple[str, bytes]]:
         """Device and digest of what the round's folder durably holds."""
-        folder = self._round_folder(current.plan.round)
+        folder = self._round_folder(current.plan.key)
         if current.plan.rule in robust_sum.RULES:
             return robust_sum.kept_updates(folder)
         return [(row[0], row[2]) for row in aggregate.load_checkpoint(folder, current.opened).taken]
@@ -361,16 +390,16 @@ class Conductor:
         from gateway.unmasking import rebuild
 
         try:
-            self._unmaskers[current.plan.round] = rebuild(current, action, self.trust)
+            self._unmaskers[current.plan.key] = rebuild(current, action, self.trust)
         except EdgeprivError:
-            return self._event(current, round_events.UnmaskFailed(), now)
+            return self.event(current, round_events.UnmaskFailed(), now)
         actions = current.masks_removed(now)
-        self._dirty.add(current.plan.round)
-        return self._carry_out(current, actions, now)
+        self.touch(current)
+        return self.carry_out(current, actions, now)
 
     def _finish(self, current: Round) -> round_events.Finished:
-        plan, number = current.plan, current.plan.round
-        folder, base = self._round_folder(number), self.model_path(plan.base)
+        plan = current.plan
+        folder, base = self._round_folder(plan.key), self.model_path(plan.base)
         out = folder / "weights.bin"
         try:
             if plan.rule in robust_sum.RULES:
@@ -379,37 +408,52 @@ class Conductor:
                 )
             else:
                 result = self._finish_sum(current, folder, base, out)
-            aggregate.rename(out, self.model_path(result.digest))
-            return round_events.Finished(result.digest, result.size, self._spent(current))
+            return self.publish(plan, result, out, 0.0 if plan.part else self.spent(current))
         except EdgeprivError as error:
             return round_events.Finished(reason=str(error))
 
+    def publish(self, plan: RoundPlan, result: aggregate.Result, out: Path, epsilon: float) -> round_events.Finished:
+        """Put finished weights (or a partial sum) where they are fetched from."""
+        if not result.digest:
+            return round_events.Finished()  # a cohort's sum is in its parent's
+        aggregate.rename(out, self.model_path(result.digest))
+        clip = 0.0
+        if plan.adaptive_clip and plan.publish == "weights":
+            clip = next_clip(plan.clip, result.within, quantile=plan.clip_quantile, rate=plan.clip_rate)
+        return round_events.Finished(result.digest, result.size, epsilon, "", result.within, clip)
+
     def _finish_sum(self, current: Round, folder: Path, base: Path, out: Path) -> aggregate.Result:
         plan, opened = current.plan, current.opened
-        unmask = self._unmaskers.pop(plan.round, None)
+        unmask = self._unmaskers.pop(plan.key, None)
         if plan.privacy == MASKED and unmask is None:  # after a restart: the reveals are stored, the seeds are not
             from gateway.unmasking import rebuild
 
             unmask = rebuild(current, current.reveals_for_unmasking(), self.trust)
+        if plan.part:
+            return self.parts.add_cohort(current, folder, unmask)
         if plan.publish == "partial":
             return shards.export_partial(folder, opened, out, unmask=unmask)
+        noise, count_noise = shards.central_noise(opened, self.noise_seed)
         return aggregate.finish(
-            folder, opened, base, out, unmask=unmask, noise=self._noise(plan), rate=plan.server_rate
+            folder, opened, base, out, unmask=unmask, noise=noise, count_noise=count_noise, rate=plan.server_rate
         )
 
-    def _noise(self, plan: RoundPlan) -> Callable[[int], NDArray[Any]] | None:
-        """Central noise: Gaussian, deviation multiplier x clip on the sum of clipped updates of weight 1."""
-        if plan.noise != "central":
-            return None
-        stream, deviation = NoiseStream(self.noise_seed), plan.noise_multiplier * plan.clip
-        return lambda count: stream.normal(count) * deviation
-
-    def _close(self, record: RoundRecord) -> None:
+    def close_round(self, record: RoundRecord) -> None:
+        """Keep a round's record and let go of the rest."""
         self.store.close(record)
         if all(r.round != record.round for r in self.records):
             self.records.append(record)
-        self._pending.pop(record.round, None)
-        self._ended.append(record.round)
-        self._saved.pop(record.round, None)
+        self._drop(str(record.round))
         for number in sorted(n for n, r in self.rounds.items() if r.state in ENDED)[:-2]:
             del self.rounds[number]  # the last two are kept to answer latecomers
+
+    def forget(self, plan: RoundPlan) -> None:
+        """A cohort is over: its bytes and its folder may go; the object answers latecomers until its parent ends."""
+        self.store.save(plan.round, b"", plan.part)
+        self._dirty.pop(plan.key, None)
+        self._drop(plan.key)
+
+    def _drop(self, key: str) -> None:
+        self._pending.pop(key, None)
+        self._saved.pop(key, None)
+        self._ended.append(key)

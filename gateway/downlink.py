@@ -2,11 +2,15 @@
 
 Rules: a message is sealed when it leaves, under the party's current session. The queue is bounded; what does not fit
 is dropped and counted, because every party repeats what it still waits for. Chunks are made when there is room on the
-link, so a fetch of any size costs one row here. Requests of several parties take turns.
+link, so a fetch of any size costs one row here. Requests of several parties take turns, and only ``MAX_STREAMS``
+downloads are served at a time: what a party has not taken yet lies in the broker's memory, so the broker's queue is
+bounded by ``MAX_STREAMS`` windows however many devices want the same weights. A download gives its place back with its
+last chunk, or when nothing was asked of it for ``IDLE_S``; the others wait in the order in which they asked.
 """
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict, deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +20,7 @@ from edgepriv.wire.messages import Chunk, Fetch
 from edgepriv.wire.transfer import PACKET_OVERHEAD_BYTES, chunk_count
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from edgepriv.mqtt import Link
@@ -25,6 +30,10 @@ MAX_QUEUED = 20_000
 MAX_FETCH_CHUNKS = 256
 MAX_FETCHES_PER_PARTY = 8
 MAX_OPEN_FILES = 32
+MAX_STREAMS = 8
+IDLE_S = 2.0
+
+Stream = tuple[str, bytes]
 
 
 @dataclass(slots=True)
@@ -40,11 +49,13 @@ class _Serving:
 class Downlink:
     """Queue and sender of everything that the gateway says."""
 
-    def __init__(self, link: Link, sessions: Sessions) -> None:
-        self._link, self._sessions = link, sessions
+    def __init__(self, link: Link, sessions: Sessions, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._link, self._sessions, self._clock = link, sessions, clock
         self._queue: deque[tuple[str, Any]] = deque()
         self._ready: tuple[str, bytes] | None = None
         self._serving: OrderedDict[tuple[str, bytes, int], _Serving] = OrderedDict()
+        self._parked: OrderedDict[tuple[str, bytes, int], _Serving] = OrderedDict()
+        self._streams: dict[Stream, float] = {}  # downloads that are served now, and when they last moved
         self._files: OrderedDict[Path, Any] = OrderedDict()
         self.dropped = 0
         self.sent = 0
@@ -52,7 +63,7 @@ class Downlink:
     @property
     def waiting(self) -> int:
         """Messages and fetches that wait to be sent."""
-        return len(self._queue) + len(self._serving) + (self._ready is not None)
+        return len(self._queue) + len(self._serving) + len(self._parked) + (self._ready is not None)
 
     def put(self, party: str, message: Any) -> None:
         """Queue a message for a party."""
@@ -70,11 +81,33 @@ class Downlink:
         if not 0 <= fetch.first < chunks:
             return False
         key = (party, fetch.ref, fetch.first)
-        if key not in self._serving and sum(k[0] == party for k in self._serving) >= MAX_FETCHES_PER_PARTY:
+        known = key in self._serving or key in self._parked
+        if not known and sum(k[0] == party for k in (*self._serving, *self._parked)) >= MAX_FETCHES_PER_PARTY:
             return False
         end = min(chunks, fetch.first + fetch.count)
-        self._serving[key] = _Serving(content, size, fetch.ref, fetch.chunk_bytes, fetch.first, end)
+        where = self._serving if self._admit((party, fetch.ref)) else self._parked
+        where[key] = _Serving(content, size, fetch.ref, fetch.chunk_bytes, fetch.first, end)
         return True
+
+    def _admit(self, stream: Stream) -> bool:
+        """Whether a download has, or gets, one of the places."""
+        if stream not in self._streams and len(self._streams) >= MAX_STREAMS:
+            return False
+        self._streams[stream] = self._clock()
+        return True
+
+    def _unpark(self) -> None:
+        """Give places that are free, or whose download stands still, to those that wait longest."""
+        if not self._parked:
+            return
+        now, busy = self._clock(), {key[:2] for key in self._serving}
+        for stream, moved in list(self._streams.items()):
+            if stream not in busy and now - moved >= IDLE_S:
+                del self._streams[stream]
+        for key in list(self._parked):
+            if not self._admit(key[:2]):
+                return
+            self._serving[key] = self._parked.pop(key)
 
     def pump(self) -> int:
         """Send what the link takes now; returns the number of packets."""
@@ -92,13 +125,17 @@ class Downlink:
         while self._queue:
             if sealed := self._seal(*self._queue.popleft()):
                 return sealed
+        self._unpark()
         while self._serving:
             key, serving = next(iter(self._serving.items()))
             chunk = Chunk(serving.ref, serving.following, self._read(serving))
             serving.following += 1
             self._serving.move_to_end(key)
+            self._streams[key[:2]] = self._clock()
             if serving.following >= serving.end:
                 del self._serving[key]
+                if serving.end == chunk_count(serving.size, serving.chunk_bytes):
+                    self._streams.pop(key[:2], None)
             if sealed := self._seal(key[0], chunk):
                 return sealed
             self._serving.pop(key, None)

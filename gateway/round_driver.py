@@ -16,8 +16,9 @@ from edgepriv.errors import ConfigError, DataError, RefusedError
 from edgepriv.primitives import random_bytes
 from edgepriv.wire import cbor
 from edgepriv.wire.update import decode_update
-from gateway.conductor import Conductor, DropUpload, OpenUpload, Tell
+from gateway.conductor import Conductor
 from gateway.round_plan import RoundPlan
+from gateway.round_ports import DropUpload, OpenUpload, Tell
 from gateway.sampling import choose_devices
 from gateway.store import unpack
 
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from edgepriv.wire.messages import Offer, RoundMessage
-    from gateway.conductor import Outgoing
     from gateway.roster import Roster
+    from gateway.round_ports import Outgoing
     from gateway.round_record import RoundRecord
     from gateway.store import Store
     from gateway.transfers import Transfer, Transfers
@@ -43,10 +44,13 @@ class RoundTable:
     def __init__(self, store: Store, clock: Callable[[], float]) -> None:
         self._store, self._clock = store, clock
 
-    def save(self, round_number: int, raw: bytes) -> None:
-        """Replace a running round's bytes, within the running transaction or in one of its own."""
+    def save(self, round_number: int, raw: bytes, part: str = "") -> None:
+        """Replace the bytes of a running round or part, within the running transaction or in one of its own."""
         now = self._clock()
         with self._store.batch():
+            if part:
+                self._save_part(round_number, raw, part)
+                return
             self._store.database.execute(
                 "INSERT INTO rounds (number, state, record, snapshot, started, updated) VALUES (?, ?, ?, ?, ?, ?)"
                 " ON CONFLICT (number) DO UPDATE SET state = excluded.state, snapshot = excluded.snapshot,"
@@ -54,9 +58,16 @@ class RoundTable:
                 (round_number, str(cbor.decode(raw, max_bytes=256 << 20)["state"]), cbor.encode({}), raw, now, now),
             )
 
+    def _save_part(self, number: int, raw: bytes, part: str) -> None:
+        run = self._store.database.execute
+        run("DELETE FROM round_parts WHERE number = ? AND part = ?", (number, part))
+        if raw:
+            run("INSERT INTO round_parts (number, part, snapshot) VALUES (?, ?, ?)", (number, part, raw))
+
     def load(self) -> list[bytes]:
-        """Bytes of the rounds that are not closed."""
+        """Bytes of the rounds that are not closed, and of their parts."""
         rows = self._store.database.query("SELECT snapshot FROM rounds WHERE snapshot IS NOT NULL ORDER BY number")
+        rows += self._store.database.query("SELECT snapshot FROM round_parts ORDER BY number, part")
         return [bytes(raw) for (raw,) in rows]
 
     def close(self, record: RoundRecord) -> None:
@@ -67,6 +78,7 @@ class RoundTable:
                 "UPDATE rounds SET state = ?, record = ?, snapshot = NULL, updated = ? WHERE number = ?",
                 (record.outcome, cbor.encode(body), record.ended, record.round),
             )
+            self._store.database.execute("DELETE FROM round_parts WHERE number = ?", (record.round,))
 
     def records(self) -> list[dict[str, Any]]:
         """Records of ended rounds, oldest first."""
@@ -233,6 +245,8 @@ class RoundDriver:
         ).tensors
         rows = tuple([name, list(array.shape)] for name, array in tensors.items())
         chosen = {k: v for k, v in settings.items() if k not in DRIVER_KEYS}
+        if chosen.get("adaptive_clip") and head.get("clip"):
+            chosen["clip"] = head["clip"]  # where the rounds on these weights have brought it
         last = self._store.database.query("SELECT coalesce(max(number), 0) FROM rounds")[0][0]
         return RoundPlan(
             round=int(last) + 1,
@@ -257,6 +271,7 @@ class RoundDriver:
         if done and head and done[-1]["round"] > head.get("round", 0):
             newest = done[-1]
             head = {**head, "digest": newest["after"], "size": newest["after_bytes"], "round": newest["round"]}
+            head["clip"] = newest.get("clip_after") or head.get("clip", 0.0)
             self._store.set_meta(HEAD, head)
 
     def weights(self, ref: bytes) -> tuple[Path, int] | None:

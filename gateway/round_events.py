@@ -68,12 +68,17 @@ class UnmaskFailed:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The new global weights are durable (``reason`` empty), or the sum was not publishable."""
+    """The new global weights are durable (``reason`` empty), or the sum was not publishable.
+
+    ``within``, ``clip_after``: share of the devices within the clip, and the next round's clip (adaptive clipping).
+    """
 
     model: bytes = b""
     model_bytes: int = 0
     epsilon: float = 0.0
     reason: str = ""
+    within: float = 0.0
+    clip_after: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

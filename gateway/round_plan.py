@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edgepriv.errors import ConfigError
-from edgepriv.federated.fixed_point import choose_ring, noise_slack
+from edgepriv.federated.fixed_point import choose_ring, slack_of, value_bound
 from edgepriv.wire.rounds import CLEAR, MASKED, RoundOpen
 
 STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")
@@ -24,6 +24,11 @@ class RoundPlan:
     ``reference``: digest of the trusted update of the rule fltrust, stored beside the models.
     ``publish``: new ``weights``, or this shard's ``partial`` sum for a root (`gateway.shards`).
     ``threshold_active``: floor(2n/3)+1 shares are needed (a lying gateway), else floor(n/2)+1.
+    ``max_cohort``: a masked round over more devices is divided into cohorts of at most so many, ``cohorts_at_once`` of
+    which run together (`gateway.parted`). ``shard_silence_s``, ``shards_limit_s``: a root's patience with its shards.
+    ``adaptive_clip``: the clip follows the ``clip_quantile`` of the devices' norms from round to round, by steps of at
+    most ``clip_rate`` in the exponent (Andrew et al. 2021); ``clip_noise``: deviation of the noise on the count of
+    devices within the clip, which privacy accounting charges with the round. ``part``: set by `gateway.cohorts` only.
     """
 
     round: int
@@ -64,6 +69,15 @@ class RoundPlan:
     reference: bytes = b""
     publish: str = "weights"
     server_rate: float = 1.0
+    max_cohort: int = 64
+    cohorts_at_once: int = 1
+    shard_silence_s: float = 60.0
+    shards_limit_s: float = 3600.0
+    adaptive_clip: bool = False
+    clip_quantile: float = 0.5
+    clip_rate: float = 0.2
+    clip_noise: float = 0.0
+    part: str = ""
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -87,20 +101,46 @@ class RoundPlan:
             raise ConfigError("noise needs max_weight = 1 and a positive noise_multiplier")
         if self.noise == "distributed" and self.privacy != MASKED:
             raise ConfigError("distributed noise only hides under masks", hint='privacy = "masked"')
+        if self.noise != "none" and self.late != "drop":
+            raise ConfigError("a late update would be a second one of its device", hint='with noise: late = "drop"')
         if self.quorum < 1 or self.deadline_s <= 0 or self.uploads_at_once < 1:
             raise ConfigError("a round needs a quorum, a deadline and a slot")
+        if self.max_cohort < 2 or self.cohorts_at_once < 1:
+            raise ConfigError("max_cohort is 2 or more, cohorts_at_once 1 or more")
+        if self.adaptive_clip:
+            self._check_adaptive()
+
+    def _check_adaptive(self) -> None:
+        """Adaptive clipping needs a sum of one bit a device, and noise on it where the round promises privacy."""
+        if self.rule != "mean":
+            raise ConfigError(
+                f"the rule {self.rule} sums no updates, so nobody can be counted", hint="adaptive_clip needs rule mean"
+            )
+        if self.late != "drop":
+            raise ConfigError("adaptive_clip counts the devices of this round", hint='late = "drop"')
+        if not 0 < self.clip_quantile < 1 or not 0 < self.clip_rate <= 1 or self.fraction_bits < 1:
+            raise ConfigError("clip_quantile lies in (0, 1), clip_rate in (0, 1], fraction_bits from 1")
+        if (self.noise == "none") != (self.clip_noise == 0) or self.clip_noise < 0:
+            raise ConfigError(
+                "clip_noise is above 0 in rounds with noise, and only there",
+                hint="a twentieth of the devices is a good value",
+            )
+
+    @property
+    def key(self) -> str:
+        """Names this round, or this cohort of it, among all that a gateway runs."""
+        return f"{self.round}-{self.part}" if self.part else str(self.round)
 
 
 def announcement(plan: RoundPlan, devices: int, now: float) -> RoundOpen:
     """The announcement; raises ConfigError where the ring could overflow."""
     survivors = max(plan.quorum, plan.min_cohort) if plan.privacy == MASKED else plan.quorum
-    slack = noise_slack(plan.noise_multiplier, plan.clip, plan.fraction_bits) if plan.noise != "none" else 0
     ring = choose_ring(
         fraction_bits=plan.fraction_bits,
-        bound=plan.clip,
+        bound=value_bound(plan.clip, adaptive=plan.adaptive_clip),
         max_weight=plan.max_weight,
         devices=max(devices * (1 + plan.max_staleness if plan.late == "next" else 1), 1),
-        slack=slack,
+        slack=slack_of(plan.noise, plan.noise_multiplier * plan.clip, plan.clip_noise, plan.fraction_bits),
     )
     return RoundOpen(
         round=plan.round,
@@ -129,4 +169,7 @@ def announcement(plan: RoundPlan, devices: int, now: float) -> RoundOpen:
         participation=plan.participation,
         statistics=plan.statistics,
         training=dict(plan.training),
+        adaptive_clip=plan.adaptive_clip,
+        clip_noise=plan.clip_noise,
+        late=plan.late,
     )

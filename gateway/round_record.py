@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 class RoundRecord:
     """How a round ended, for ever: who took part, what was rejected and why, digests before and after, what it cost.
 
+    ``within``: noisy share of the devices that were within the clip, ``clip_after``: the clip that follows from it
+    (adaptive clipping). ``parts``: cohorts or shards with state (``done``, ``out``), reason and number of devices.
     ``clip``, ``statistics`` and ``training`` are the recipe that devices followed: what an auditor repeats on canaries.
     """
 
@@ -46,6 +48,11 @@ class RoundRecord:
     clip: float = 0.0
     statistics: str = "home"
     training: dict[str, Any] = field(default_factory=dict)
+    adaptive_clip: bool = False
+    clip_noise: float = 0.0
+    within: float = 0.0
+    clip_after: float = 0.0
+    parts: tuple[tuple[str, str, str, int], ...] = ()
 
     def result(self) -> RoundResult:
         """What devices are told."""
@@ -71,6 +78,7 @@ class RoundRecord:
         values = dict(zip((f.name for f in dataclasses.fields(cls)), row, strict=False))
         values["participants"] = tuple(values["participants"])
         values["rejected"] = tuple(tuple(pair) for pair in values["rejected"])
+        values["parts"] = tuple(tuple(part) for part in values.get("parts", ()))
         return cls(**values)
 
 
@@ -112,4 +120,8 @@ def closing_record(
         clip=plan.clip,
         statistics=plan.statistics,
         training=dict(plan.training),
+        adaptive_clip=plan.adaptive_clip,
+        clip_noise=plan.clip_noise,
+        within=finished.within,
+        clip_after=finished.clip_after,
     )

@@ -77,6 +77,10 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX devices_by_seen ON devices (last_seen)",
         "CREATE INDEX alerts_open ON alerts (cleared)",
     ),
+    (
+        """CREATE TABLE round_parts (
+            number INTEGER NOT NULL, part TEXT NOT NULL, snapshot BLOB NOT NULL, PRIMARY KEY (number, part))""",
+    ),
 )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from edgepriv.errors import WireError
 from edgepriv.federated.compression import INDEX, VALUE, check_indices, random_coordinates, split_name
-from edgepriv.federated.fixed_point import Ring, add_into, quantise, ring_of
+from edgepriv.federated.fixed_point import Ring, add_into, count_steps, quantise, ring_of
 from edgepriv.federated.layout import Layout, Slot
 from edgepriv.wire.rounds import MASKED
 from edgepriv.wire.update import DTYPES, read_header
@@ -62,7 +62,9 @@ class Source:
 
     def __init__(self, file: BinaryIO, header: dict[str, Any], data_at: int, opened: RoundOpen) -> None:
         self.layout = Layout(opened.tensors)
-        self.meta = header["meta"]
+        self.adaptive, self.within = opened.adaptive_clip, header["meta"].get("within")
+        if self.adaptive and type(self.within) is not bool:
+            raise WireError("an update does not say whether it was within the clip")
         self.dense: dict[str, _Part] = {}
         self.sparse: dict[str, tuple[NDArray[np.int64], NDArray[np.float32]]] = {}
         pending: dict[str, NDArray[np.int64]] = {}
@@ -128,7 +130,12 @@ class Source:
             add_into(total[: split - a], quantise(self.values(a, split), weight, ring, factor=factor))
         if b > split:
             first = split - self.layout.values
-            add_into(total[split - a :], (self.present()[first : first + b - split] * weight).astype(ring.dtype))
+            add_into(total[split - a :], self._tail(weight, ring)[first : first + b - split])
+
+    def _tail(self, weight: int, ring: Ring) -> NDArray[Any]:
+        """What stands after the values: the half for the count of devices within the clip, then the weights."""
+        count = [count_steps(ring, within=bool(self.within))] if self.adaptive else []
+        return np.array([*count, *(self.present() * weight)], np.int64).astype(ring.dtype)
 
 
 class MaskedSource:
@@ -151,11 +158,16 @@ class MaskedSource:
 
 
 def masked_length(opened: RoundOpen) -> int:
-    """Coordinates of the summed vector: all values (or random-k's share of each tensor), then the weights."""
-    layout = Layout(opened.tensors)
+    """Coordinates of the summed vector: all values (or random-k's share of each tensor), the count, the weights."""
+    layout, tail = Layout(opened.tensors), tail_length(opened)
     if opened.privacy == MASKED and opened.encoding == "randomk":
-        return sum(max(1, round(opened.keep * slot.size)) for slot in layout.slots) + len(layout.slots)
-    return layout.length
+        return sum(max(1, round(opened.keep * slot.size)) for slot in layout.slots) + tail
+    return layout.values + tail
+
+
+def tail_length(opened: RoundOpen) -> int:
+    """Coordinates after the values: the count of adaptive clipping where there is one, and a weight a tensor."""
+    return int(opened.adaptive_clip) + len(opened.tensors)
 
 
 def open_source(file: BinaryIO, size: int, opened: RoundOpen) -> Source | MaskedSource:

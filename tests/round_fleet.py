@@ -15,8 +15,9 @@ from edgepriv.keys import Identity
 from edgepriv.wire.messages import Ack, Offer
 from edgepriv.wire.trust import TrustList
 from edgepriv.wire.update import decode_update, encode_update
-from gateway.conductor import Conductor, DropUpload, OpenUpload, Tell
+from gateway.conductor import Conductor
 from gateway.round_plan import RoundPlan
+from gateway.round_ports import DropUpload, OpenUpload, Tell
 
 
 class MemoryStore:
@@ -25,14 +26,16 @@ class MemoryStore:
     def __init__(self):
         self.saved, self.closed = {}, []
 
-    def save(self, number, raw):
-        self.saved[number] = raw
+    def save(self, number, raw, part=""):
+        self.saved[number, part] = raw
+        if not raw:
+            del self.saved[number, part]
 
     def load(self):
         return [raw for _, raw in sorted(self.saved.items())]
 
     def close(self, record):
-        self.saved.pop(record.round, None)
+        self.saved = {key: raw for key, raw in self.saved.items() if key[0] != record.round}
         if all(r.round != record.round for r in self.closed):
             self.closed.append(record)
 

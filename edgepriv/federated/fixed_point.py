@@ -83,17 +83,29 @@ def choose_ring(*, fraction_bits: int, bound: float, max_weight: int, devices: i
         return Ring(64, fraction_bits, bound, max_weight, devices, slack)
 
 
-def noise_slack(noise_multiplier: float, clip: float, fraction_bits: int) -> int:
-    """Steps that one device's noise may add: twelve deviations of the whole sum's noise."""
-    return math.ceil(12 * noise_multiplier * clip * 2.0**fraction_bits)
+HALF = 0.5  # what a device adds to, or takes from, the count of devices within the clip
+
+
+def value_bound(clip: float, *, adaptive: bool) -> float:
+    """Largest magnitude of a coordinate: the clip, or the half of adaptive clipping's count."""
+    return max(clip, HALF) if adaptive else clip
+
+
+def slack_of(noise: str, deviation: float, count_deviation: float, fraction_bits: int) -> int:
+    """Steps that one device's noise may add: twelve deviations of the whole sum's noise, or of the count's."""
+    return math.ceil(12 * max(deviation, count_deviation) * 2.0**fraction_bits) if noise != "none" else 0
 
 
 def ring_of(opened: RoundOpen) -> Ring:
     """The arithmetic that an announcement states; raises ConfigError where it could overflow."""
-    slack = 0
-    if opened.noise != "none":
-        slack = noise_slack(opened.noise_multiplier, opened.clip, opened.fraction_bits)
-    return Ring(opened.ring_bits, opened.fraction_bits, opened.clip, opened.max_weight, opened.devices, slack)
+    slack = slack_of(opened.noise, opened.noise_multiplier * opened.clip, opened.clip_noise, opened.fraction_bits)
+    bound = value_bound(opened.clip, adaptive=opened.adaptive_clip)
+    return Ring(opened.ring_bits, opened.fraction_bits, bound, opened.max_weight, opened.devices, slack)
+
+
+def count_steps(ring: Ring, *, within: bool) -> int:
+    """A device's part in the count of devices within the clip: plus or minus a half, in steps of the ring."""
+    return int(HALF * ring.scale) * (1 if within else -1)
 
 
 def quantise(values: NDArray[Any], weight: int, ring: Ring, *, factor: float = 1.0) -> NDArray[Any]:

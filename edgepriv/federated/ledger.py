@@ -72,7 +72,7 @@ class Ledger:
 
     def epsilon_after(self, noise_multiplier: float | None, delta: float) -> float:
         """What would be spent after one more round."""
-        multipliers = [*self._charges.values(), *([noise_multiplier] if noise_multiplier else [])]
+        multipliers = [*self._charges.values(), *([noise_multiplier] if noise_multiplier is not None else [])]
         if any(z <= 0 for z in multipliers):
             return math.inf
         return epsilon_of(math.sqrt(sum(1 / (z * z) for z in multipliers)), delta)

@@ -27,7 +27,7 @@ from edgepriv.federated.layout import Layout
 from edgepriv.federated.ledger import Ledger
 from edgepriv.federated.local_recipe import LocalRecipe
 from edgepriv.federated.local_update import LocalUpdate, RoundSettings, Trainer
-from edgepriv.federated.privacy import clip_update
+from edgepriv.federated.privacy import clip_update, joint_multiplier, update_norm
 from edgepriv.wire import cbor, rounds
 from edgepriv.wire.rounds import RoundOpen, RoundResult
 from edgepriv.wire.update import decode_update, encode_update
@@ -291,21 +291,27 @@ class Participant:
             raise RefusedError("no labelled examples")
         update = _covered(update, opened)
         clipped = clip_update(update.tensors, opened.clip) if self.clips else dict(update.tensors)
+        within = not opened.adaptive_clip or update_norm(update.tensors) <= opened.clip
         if running.member is None:
-            payload = self._clear_payload(clipped, running, update.examples)
+            payload = self._clear_payload(clipped, running, update.examples, within=within)
             meta = rounds.offer_meta(min(update.examples, opened.max_weight))
         else:
-            payload, meta = running.member.masked_payload(clipped, update.examples), rounds.offer_meta(0)
-        if charge := _charge(opened):
+            payload = running.member.masked_payload(clipped, update.examples, within=within)
+            meta = rounds.offer_meta(0)
+        if (charge := _charge(opened)) is not None:
             self.ledger.charge(opened.round, charge)
         running.uploaded, running.weights, self.dirty = True, None, True
         self.counters["uploaded"] += 1
         return [Upload(opened.round, payload, meta, opened.deadline + EXPIRES_AFTER_DEADLINE_S)]
 
-    def _clear_payload(self, tensors: dict[str, NDArray[np.float32]], running: _Running, examples: int) -> bytes:
+    def _clear_payload(
+        self, tensors: dict[str, NDArray[np.float32]], running: _Running, examples: int, *, within: bool
+    ) -> bytes:
         opened = running.opened
         arrays, scales = compression.compress(tensors, opened, feedback=self.feedback)
-        meta = {"round": opened.round, "examples": min(examples, opened.max_weight)}
+        meta: dict[str, Any] = {"round": opened.round, "examples": min(examples, opened.max_weight)}
+        if opened.adaptive_clip:
+            meta["within"] = within
         return encode_update(arrays, meta, scales=scales)
 
     def _sit_out(self, running: _Running | None, reason: str) -> list[Action]:
@@ -348,7 +354,10 @@ def _covered(update: LocalUpdate, opened: RoundOpen) -> LocalUpdate:
 
 
 def _charge(opened: RoundOpen) -> float | None:
-    """Noise multiplier that this device may count on: the sum's noise over what one device can change it by."""
+    """Noise multiplier that this device may count on: the noise over what one device can change, count included.
+
+    None: no noise. 0: a noisy sum beside a count without noise, which no budget covers.
+    """
     if opened.noise == "none" or opened.noise_multiplier <= 0:
         return None
-    return opened.noise_multiplier
+    return joint_multiplier(opened.noise_multiplier, opened.clip_noise, adaptive=opened.adaptive_clip)

@@ -22,7 +22,7 @@ from edgepriv import primitives
 from edgepriv.errors import AuthenticationError, EdgeprivError, RefusedError, WireError
 from edgepriv.federated import masking
 from edgepriv.federated.compression import random_coordinates
-from edgepriv.federated.fixed_point import add_into, clip_steps, quantise, ring_of
+from edgepriv.federated.fixed_point import add_into, clip_steps, count_steps, quantise, ring_of
 from edgepriv.federated.noise import NoiseStream, device_deviation
 from edgepriv.primitives import sharing
 from edgepriv.wire import cbor, rounds
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from edgepriv.federated.fixed_point import Ring
     from edgepriv.federated.layout import Layout
     from edgepriv.federated.participant import RoundPolicy
     from edgepriv.keys import Identity
@@ -205,8 +206,15 @@ class Member:
 
     # --- the upload ---------------------------------------------------------------------------------------
 
-    def masked_payload(self, tensors: Mapping[str, NDArray[np.float32]], examples: int) -> bytes:
+    def masked_payload(
+        self, tensors: Mapping[str, NDArray[np.float32]], examples: int, *, within: bool = True
+    ) -> bytes:
         """The upload's bytes. Once: a second masked view of this device would cost its privacy.
+
+        Args:
+            tensors: the clipped update.
+            examples: labelled examples; clamped to the round's largest weight.
+            within: whether the update was within the clip before it was clipped (adaptive clipping counts it).
 
         Raises:
             RefusedError: called again, or before the members are known.
@@ -214,12 +222,14 @@ class Member:
         if self._masked or not self.ready:
             raise RefusedError("a masked update is made once in a round")
         self._masked = True
-        vector = self.plain_vector(tensors, examples)
+        vector = self.plain_vector(tensors, examples, within=within)
         masking.MaskStream(self._mask_keys()).apply(vector)
         return encode_update({"masked": vector}, {"round": self.opened.round})
 
-    def plain_vector(self, tensors: Mapping[str, NDArray[np.float32]], examples: int) -> NDArray[Any]:
-        """Quantised values, noise where this round adds it on devices, and the clamped weights last."""
+    def plain_vector(
+        self, tensors: Mapping[str, NDArray[np.float32]], examples: int, *, within: bool = True
+    ) -> NDArray[Any]:
+        """Quantised values, noise where this round adds it on devices, the count's half, and the clamped weights."""
         opened, ring = self.opened, ring_of(self.opened)
         values, present = self.layout.flatten(tensors)
         if opened.encoding == "randomk":
@@ -233,7 +243,19 @@ class Member:
             )
             noise = NoiseStream(self.noise_seed).integers(len(steps), deviation)
             vector = (steps + noise).astype(ring.dtype)
-        return np.concatenate([vector, (present * weight).astype(ring.dtype)])
+        count = self._count(ring, within=within) if opened.adaptive_clip else []
+        return np.concatenate(
+            [vector, np.array(count, np.int64).astype(ring.dtype), (present * weight).astype(ring.dtype)]
+        )
+
+    def _count(self, ring: Ring, *, within: bool) -> list[int]:
+        """This device's half in the count of devices within the clip, with its share of the count's noise."""
+        opened, steps = self.opened, count_steps(ring, within=within)
+        if opened.noise != "distributed":
+            return [steps]
+        deviation = device_deviation(opened.clip_noise, ring.scale, opened.survivors, opened.colluders)
+        seed = self.noise_seed and self.noise_seed + b"count"
+        return [steps + int(NoiseStream(seed).integers(1, deviation)[0])]
 
     def _kept(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
         views = self.layout.unflatten(values)

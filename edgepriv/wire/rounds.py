@@ -45,7 +45,10 @@ class RoundOpen:
     of coordinates that topk and randomk keep. ``seed``: public, places randomk's coordinates. ``noise_multiplier``:
     standard deviation of the sum's noise over the clip. ``survivors``: the fewest devices whose noise is counted on,
     ``colluders``: how many of them may be dishonest. ``training``: fields of `LocalRecipe`. ``participation``: how
-    devices were chosen (``all``, ``fixed``, ``poisson``). Times are Unix seconds by the gateway's clock.
+    devices were chosen (``all``, ``fixed``, ``poisson``). ``adaptive_clip``: the sum has one more coordinate, before
+    the weights: plus or minus a half by whether the device's update was within the clip; ``clip_noise``: deviation of
+    the noise on its sum. ``late``: ``next`` keeps an update that comes too late for the next round. Times are Unix
+    seconds by the gateway's clock.
     """
 
     round: int
@@ -74,6 +77,9 @@ class RoundOpen:
     participation: str
     statistics: str
     training: dict[str, Any]
+    adaptive_clip: bool = False
+    clip_noise: float = 0.0
+    late: str = "drop"
 
 
 @message.message("round-join")
@@ -215,7 +221,9 @@ def _check_open(opened: RoundOpen, number: int) -> None:
         raise WireError("a round's announcement contradicts itself")
     if opened.privacy not in {CLEAR, MASKED} or opened.encoding not in ENCODINGS or opened.noise not in NOISES:
         raise WireError("a round's announcement asks for something unknown")
-    if not 0 < opened.keep <= 1 or not opened.noise_multiplier >= 0 or opened.base_bytes < 1:
+    if not 0 < opened.keep <= 1 or opened.base_bytes < 1 or opened.late not in {"drop", "next"}:
+        raise WireError("a round's announcement has a number out of range")
+    if not (opened.noise_multiplier >= 0 and opened.clip_noise >= 0 and opened.clip > 0):
         raise WireError("a round's announcement has a number out of range")
 
 

@@ -13,7 +13,7 @@ from edgepriv.errors import DataError, RefusedError
 from edgepriv.federated.compression import compress, random_coordinates
 from edgepriv.federated.fixed_point import decode_sum, quantise, ring_of
 from edgepriv.wire.update import decode_update, encode_update
-from gateway import aggregate, update_files
+from gateway import aggregate, shards, update_files
 from gateway.aggregate import Staged
 from gateway.round_plan import RoundPlan, announcement
 
@@ -190,10 +190,14 @@ def test_partial_sums_of_two_gateways_merge_to_the_sum_of_all(tmp_path):
         folder.mkdir()
         for i in (2 * shard, 2 * shard + 1):
             aggregate.fold(folder, opened, [_stage(folder, i, encode_update(updates[i]), 1 + i)])
-    aggregate.merge(tmp_path / "0", opened, tmp_path / "1" / aggregate.SUM_NAME)
-    assert np.array_equal(_sum(tmp_path / "0", opened), _expected(opened, updates, [1, 2, 3, 4]))
-    with pytest.raises(DataError, match="both partial sums"):
-        aggregate.merge(tmp_path / "0", opened, tmp_path / "1" / aggregate.SUM_NAME)
+    for shard in (0, 1, 1):
+        shards.add_cohort(tmp_path / "whole", opened, tmp_path / str(shard), opened, None)
+    assert np.array_equal(_sum(tmp_path / "whole", opened), _expected(opened, updates, [1, 2, 3, 4]))
+    (tmp_path / "2").mkdir()
+    for i in (3, 4):
+        aggregate.fold(tmp_path / "2", opened, [_stage(tmp_path / "2", i, encode_update(updates[i % 4]), 1)])
+    with pytest.raises(DataError, match="in two partial sums"):
+        shards.add_cohort(tmp_path / "whole", opened, tmp_path / "2", opened, None)
 
 
 def test_an_empty_sum_is_not_published(tmp_path):
