@@ -30,21 +30,22 @@ class TrustFile:
         if public.role != "owner":
             raise KeyFileError(f"{owner} is the key of {public.name}, not of an owner")
         self._path, self._state, self._clock, self._owner = path, state, clock, public.ed25519
+        self._watched = os.fspath(path)  # asked for at every frame, and pathlib takes its time
         self._received = state.with_name(state.name + ".cbor")
-        self._stamps: tuple[Stamp, Stamp] = (None, None)
+        self._stamp: Stamp = None
         self._trust: TrustList | None = None
         self.error = ""
 
     def current(self) -> TrustList:
-        """The list in force; looks at the files again when one has changed.
+        """The list in force; looks at the operator's file again when it has changed.
 
         Raises:
             MissingFileError: there has never been a file.
             TrustError: there is no valid list in force, or it has expired since.
         """
-        stamps = (_stamp(self._path), _stamp(self._received))
-        if stamps != self._stamps or self._trust is None:
-            self._stamps = stamps
+        stamp = _stamp(self._watched)
+        if stamp != self._stamp or self._trust is None:
+            self._stamp = stamp
             try:
                 self._trust, self.error = self._read(), ""
             except EdgeprivError as error:
@@ -70,6 +71,7 @@ class TrustFile:
                 f"trust list version {trust.version} is not newer than {before.version}, which is in force"
             )
         _replace(self._received, raw)
+        self._stamp = None  # look again
         return self.current()
 
     def _read(self) -> TrustList:
@@ -102,9 +104,9 @@ class TrustFile:
             _replace(self._state, str(version).encode())
 
 
-def _stamp(path: Path) -> Stamp:
+def _stamp(path: str) -> Stamp:
     try:
-        info = path.stat()
+        info = os.stat(path)  # noqa: PTH116 - see `TrustFile`
     except OSError:
         return None
     return (info.st_mtime_ns, info.st_size, info.st_ino)
