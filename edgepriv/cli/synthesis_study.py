@@ -52,8 +52,12 @@ __all__ = [
     "run_controls",
     "shadows_of",
     "study",
+    "suggest_ratio",
     "take_parts",
+    "with_controls",
 ]
+
+RATIO_FACTORS = (1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +111,12 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """The audit of the pipeline, its accuracies [targets], and its controls."""
+    """The audit of the pipeline, its accuracies [targets], and its controls where they are known already."""
 
     audit: membership.AuditReport
     synthetic: NDArray[np.float64]
-    controls: Controls
+    controls: Controls | None
+    suggestion: cards.Suggestion | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +135,7 @@ def take_parts(data: Dataset, public: Dataset | None, seed: int, test: Dataset |
     """Cut the data into disjoint private, public and test parts; only what was not given apart is taken from them.
 
     Raises:
-        DataError: too few images, different shapes, or a class that has no image.
+        DataError: too few images, different shapes, a class that has no image, or a picture on two sides.
     """
     order = np.random.default_rng(seed).permutation(len(data))
     images, labels = data.images[order], data.labels[order]
@@ -139,21 +144,35 @@ def take_parts(data: Dataset, public: Dataset | None, seed: int, test: Dataset |
     helds = 0 if public else len(data) // 3
     rest = tests + helds
     private = (images[rest:], labels[rest:])
-    for other in (public, test):
-        if other is not None and other.images.shape[1:] != images.shape[1:]:
-            raise DataError(
-                f"{other.name} holds pictures {other.images.shape[1:]}, the private ones are {images.shape[1:]}"
-            )
-    outside = (public.images, public.labels) if public else (images[tests:rest], labels[tests:rest])
-    note = f"public data: {public.name}" if public else f"no public data given: {helds} images were held out as public"
+    outside = _apart(private[0], (images[tests:rest], labels[tests:rest]), public, "public")
+    measured = _apart(private[0], (images[:tests], labels[:tests]), test, "test")
+    found = f"{len(outside[0])} images were held out as public"
+    note = f"public data: {public.name}" if public else f"no public data given: {found}"
     missing = sorted(set(range(len(data.class_names))) - set(private[1].tolist()))
     if missing:
         raise DataError(
             f"no private image of class {', '.join(data.class_names[i] for i in missing)}",
             hint="give every class some images, or renumber the labels",
         )
-    measured = (test.images, test.labels) if test else (images[:tests], labels[:tests])
     return Parts(data.name, private, outside, measured, classes, note)
+
+
+def _apart(private: Images, held_out: tuple[Images, Labels], given: Dataset | None, what: str) -> tuple[Images, Labels]:
+    """The given set, which must share no picture with the private one; or the part held out, less what it shares.
+
+    What is proved about a VAE of public images, and every accuracy, holds only when no private record is among them.
+    """
+    images, labels = (given.images, given.labels) if given else held_out
+    if images.shape[1:] != private.shape[1:]:
+        raise DataError(f"the {what} pictures are {images.shape[1:]}, the private ones {private.shape[1:]}")
+    seen = {image.tobytes() for image in private}
+    fresh = np.array([image.tobytes() not in seen for image in images], dtype=np.bool_)
+    if given and not fresh.all():
+        raise DataError(
+            f"{(~fresh).sum()} of the {len(images)} {what} pictures are private ones too",
+            hint=f"remove them from the {what} data: what is proved and measured would not hold",
+        )
+    return images[fresh], labels[fresh]
 
 
 def check(settings: Settings, classes: int, *, audited: bool) -> None:
@@ -204,7 +223,37 @@ def study(
     """Audit the pipeline on random halves of the private records; controls that are known are not run again."""
     found = shadows_of(parts, settings, pipeline_of(parts, settings, release), "release", progress=progress)
     audit = membership.audit_shadows(found, np.random.default_rng(settings.seed + 3))
-    return Study(audit, found.accuracies, controls or run_controls(parts, settings, release, progress))
+    controls = controls or run_controls(parts, settings, release, progress)
+    return Study(audit, found.accuracies, controls, suggest_ratio(parts, settings, release, audit, progress))
+
+
+def suggest_ratio(
+    parts: Parts,
+    settings: Settings,
+    release: Release,
+    audit: membership.AuditReport,
+    progress: Progress | None = None,
+) -> cards.Suggestion | None:
+    """Where a released-set attack got through: the smallest larger noise ratio at which those attacks do not.
+
+    No classifier is trained for it, so it is cheap and judges the released set alone. The ratio needed grows with the
+    latent dimensions and falls with the number of records, so that no default holds everywhere.
+    """
+    caught = max((a.auc for a in audit.attacks if a.surface == "release"), default=0.0)
+    if settings.mode != "noised" or settings.vae_from != "public" or caught <= cards.AUC_TO_REFUSE:
+        return None
+    pool, masks = _pool(parts, settings)
+    ratio = release.mechanism.noise_ratio(release.vae.config.latent_dim)
+    for done, factor in enumerate(RATIO_FACTORS, 1):
+        louder = replace(settings, noise_ratio=ratio * factor, epsilon=None)
+        pipeline = pipeline_of(parts, louder, release)
+        near = membership_shadows.shadow_nearness(pool, masks, pipeline, seed=settings.seed + 1000)
+        read = membership.audit_released_sets(near, masks, np.random.default_rng(settings.seed + 3)).strongest
+        if progress:
+            progress("larger noise ratios", done, len(RATIO_FACTORS))
+        if read.auc <= cards.AUC_TO_AIM_AT:
+            return cards.Suggestion(round(ratio * factor, 3), read.auc)
+    return cards.Suggestion(None, read.auc)
 
 
 def run_controls(parts: Parts, settings: Settings, release: Release, progress: Progress | None = None) -> Controls:
@@ -230,8 +279,7 @@ def shadows_of(
     progress: Progress | None = None,
 ) -> membership_shadows.ShadowScores:
     """Run a pipeline on the same random halves of the private records whatever the pipeline is."""
-    pool = (parts.private[0][: settings.audit_records], parts.private[1][: settings.audit_records])
-    masks = membership_scores.draw_masks(settings.targets, len(pool[0]), np.random.default_rng(settings.seed + 2))
+    pool, masks = _pool(parts, settings)
     membership_scores.check_shadow_count(settings.targets - 1, 0.01)
     return membership_shadows.run_shadows(
         pool,
@@ -246,14 +294,28 @@ def shadows_of(
     )
 
 
-def pipeline_of(parts: Parts, settings: Settings, release: Release) -> membership_shadows.Pipeline:
-    """The pipeline for an audit: with a VAE that saw private records, each model trains its own VAE."""
+def _pool(parts: Parts, settings: Settings) -> tuple[tuple[Images, Labels], NDArray[np.bool_]]:
+    pool = (parts.private[0][: settings.audit_records], parts.private[1][: settings.audit_records])
+    rng = np.random.default_rng(settings.seed + 2)
+    return pool, membership_scores.draw_masks(settings.targets, len(pool[0]), rng)
+
+
+def pipeline_of(
+    parts: Parts, settings: Settings, release: Release, trained: dict[int, Vae] | None = None
+) -> membership_shadows.Pipeline:
+    """The pipeline for an audit: with a VAE that saw private records, each model trains its own VAE.
+
+    ``trained`` keeps those VAEs by seed for further pipelines on the same halves whose VAE is trained alike.
+    """
     config = _config(parts, settings)
+    known = {} if trained is None else trained
 
     def pipeline(images: Images, labels: Labels, seed: int) -> tuple[Images, Labels]:
-        vae = release.vae
-        if settings.vae_from != "public":
+        vae = release.vae if settings.vae_from == "public" else known.get(seed)
+        if vae is None:
             vae = training.train_vae(images, labels, config, seed=seed, device=settings.device, dp=_dp(settings))
+            if trained is not None:
+                trained[seed] = vae
         return generator.synthesize(
             vae, images, labels, mechanism_of(vae, parts, settings), np.random.default_rng(seed + 7)
         )
@@ -293,16 +355,24 @@ def fill_card(parts: Parts, settings: Settings, release: Release, found: Study |
     )
     if found is None:
         return replace(card, recommendation=cards.recommend(card))
-    prior = found.controls.prior_samples
-    audit = {**found.audit.as_json(), "verdict": found.audit.verdict()}
     card = replace(
         card,
-        accuracy_real=float(found.controls.real.mean()),
         accuracy_synthetic=float(found.synthetic.mean()),
-        accuracy_public_only=float(found.controls.public_only.mean()),
-        accuracy_prior_samples=None if prior is None else float(prior.mean()),
-        audit=audit,
+        audit={**found.audit.as_json(), "verdict": found.audit.verdict()},
+        suggestion=found.suggestion,
         warnings=[*card.warnings, *found.audit.warnings],
+    )
+    return with_controls(card, found.controls) if found.controls else card
+
+
+def with_controls(card: cards.ReleaseCard, controls: Controls) -> cards.ReleaseCard:
+    """Put the controls' accuracies beside the release's, and the recommendation that follows."""
+    prior = controls.prior_samples
+    card = replace(
+        card,
+        accuracy_real=float(controls.real.mean()),
+        accuracy_public_only=float(controls.public_only.mean()),
+        accuracy_prior_samples=None if prior is None else float(prior.mean()),
     )
     return replace(card, recommendation=cards.recommend(card))
 

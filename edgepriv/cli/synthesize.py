@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from edgepriv.cli.synthesis_study import Release, Settings
     from edgepriv.synthesis.card import ReleaseCard
 
+SECONDS_BETWEEN_LINES = 10.0  # where progress goes to a file
+
 
 @click.command()
 @click.option("--data", required=True, help="Private pictures: a folder, IDX or CIFAR files, or 'digits'.")
@@ -80,6 +82,8 @@ def synthesize(
     synthesis_study.check(settings, len(private.class_names), audited=not options["no_audit"])
     parts = synthesis_study.take_parts(private, public, settings.seed, test)
     click.echo(f"{len(parts.private[0])} private records, {parts.note}", err=True)
+    if checkpoint.exists():
+        click.echo(f"resuming the VAE of a run that was cut: {checkpoint}", err=True)
     release = synthesis_study.make_release(parts, settings, checkpoint, _progress())
     found = None if options["no_audit"] else synthesis_study.study(parts, settings, release, _progress())
     card = synthesis_study.fill_card(parts, settings, release, found)
@@ -156,13 +160,15 @@ def _refuse_above(card: ReleaseCard, max_auc: float | None) -> None:
 
 def _progress() -> Callable[[str, int, int], None]:
     import sys
+    import time
 
-    terminal = sys.stderr.isatty()
+    terminal, last = sys.stderr.isatty(), [time.monotonic()]
 
     def show(stage: str, done: int, total: int) -> None:
         if terminal:
             click.echo(f"\r{stage}: {done}/{total}   ", err=True, nl=done == total)
-        elif done == total:
-            click.echo(f"{stage}: {total} done", err=True)
+        elif done == total or time.monotonic() - last[0] > SECONDS_BETWEEN_LINES:
+            click.echo(f"{stage}: {total} done" if done == total else f"{stage}: {done}/{total}", err=True)
+            last[0] = time.monotonic()
 
     return show

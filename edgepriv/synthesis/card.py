@@ -19,11 +19,21 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["ReleaseCard", "picture_grid", "recommend", "render_html"]
+__all__ = ["AUC_TO_AIM_AT", "AUC_TO_REFUSE", "ReleaseCard", "Suggestion", "picture_grid", "recommend", "render_html"]
 
 SCHEMA = "edgepriv.release-card/1"
 AS_GOOD_WITHIN = 0.005
 AUC_TO_REFUSE = 0.60
+AUC_TO_AIM_AT = 0.57
+WORDED = frozenset({"recommendation", "claim", "warnings", "suggestion"})  # told in sentences, not in the table
+
+
+@dataclass(frozen=True, slots=True)
+class Suggestion:
+    """A larger noise ratio and the AUC that the attacks on the released set then read; None where none was enough."""
+
+    noise_ratio: float | None
+    auc: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +67,7 @@ class ReleaseCard:
     accuracy_prior_samples: float | None = None
     recommendation: str = ""
     audit: dict[str, Any] | None = None
+    suggestion: Suggestion | None = None
     warnings: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
@@ -95,9 +106,20 @@ def _leaks(card: ReleaseCard) -> list[str]:
     if card.audit and card.audit["auc"] > AUC_TO_REFUSE:
         found.append(
             f"Do not release: {card.audit['strongest']} tells members apart with AUC {card.audit['auc']:.3f}; "
-            "raise --noise-ratio."
+            + _louder(card.suggestion)
         )
     return found
+
+
+def _louder(suggestion: Suggestion | None) -> str:
+    if suggestion is None:
+        return "raise --noise-ratio."
+    if suggestion.noise_ratio is None:
+        return f"no larger noise that was tried stopped it (AUC {suggestion.auc:.3f} at the largest); use --mode prior."
+    return (
+        f"with --noise-ratio {suggestion.noise_ratio:g} the attacks on the released set read at most "
+        f"{suggestion.auc:.3f}. Make that release and let it be audited whole: less accuracy is left in it."
+    )
 
 
 def _alternatives(card: ReleaseCard, synthetic: float) -> list[str]:
@@ -148,7 +170,7 @@ def render_html(card: ReleaseCard, pictures: dict[str, bytes]) -> str:
     """The card as one page; ``pictures`` maps a caption to PNG bytes."""
     document = card.as_json()
     audit = document.pop("audit")
-    rows = "".join(_row(k, v) for k, v in document.items() if k not in {"recommendation", "claim", "warnings"})
+    rows = "".join(_row(k, v) for k, v in document.items() if k not in WORDED)
     shown = "".join(
         f'<figure><img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
         f"<figcaption>{html.escape(name)}</figcaption></figure>"

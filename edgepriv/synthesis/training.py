@@ -77,14 +77,14 @@ def train_vae(
     if config.kind == "conv" and dp is None:  # the same sums in an order that a CPU computes faster
         vae = vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     trainer = _DpTrainer(vae, dp, len(images), seed) if dp else _PlainTrainer(vae, seed)
-    origin = _digest(images, labels) if checkpoint else ""
+    origin = _origin(images, labels, config, seed, dp) if checkpoint else {}
     start = _resume(checkpoint, trainer, origin) if checkpoint and checkpoint.exists() else 0
     x, y = to_tensor(images, device), torch.tensor(labels, device=device)
     vae.train()
     for epoch in range(start, config.epochs):
         trainer.epoch(x, y, epoch)
         if checkpoint:
-            _write(checkpoint, trainer.state(), {**config.as_dict(), "epoch": epoch + 1, "data": origin})
+            _write(checkpoint, trainer.state(), {**origin, "epoch": epoch + 1})
         if progress:
             progress(epoch + 1, config.epochs)
     vae.eval()
@@ -282,14 +282,23 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return tensors, dict(header)
 
 
-def _digest(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> str:
-    return hashlib.sha256(np.ascontiguousarray(images).tobytes() + labels.tobytes()).hexdigest()
+def _origin(
+    images: NDArray[np.uint8], labels: NDArray[np.int64], config: VaeConfig, seed: int, dp: DpSgd | None
+) -> dict[str, Any]:
+    """What a checkpoint must have in common with the run that goes on from it.
+
+    How it was trained is a part of that: weights trained plainly must never pass for weights trained by DP-SGD. The
+    seed of DP-SGD is its noise, so it is not written down.
+    """
+    data = hashlib.sha256(np.ascontiguousarray(images).tobytes() + labels.tobytes()).hexdigest()
+    trained = {"plain": seed} if dp is None else {"dp": [dp.epsilon, dp.delta, dp.max_grad_norm]}
+    return {**config.as_dict(), "data": data, "trained": trained}
 
 
-def _resume(path: Path, trainer: _PlainTrainer, origin: str) -> int:
+def _resume(path: Path, trainer: _PlainTrainer, origin: dict[str, Any]) -> int:
     tensors, header = _read(path)
     epoch = int(header.pop("epoch", 0))
-    if header != {**trainer.vae.config.as_dict(), "data": origin}:
+    if header != origin:
         raise ConfigError(
             f"{path} belongs to another configuration or other data",
             hint="remove it, or repeat the command that wrote it",

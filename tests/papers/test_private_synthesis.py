@@ -15,6 +15,7 @@ from edgepriv import datasets
 from edgepriv.cli import synthesis_study as studies
 from edgepriv.risk.membership.audit import audit_shadows
 from edgepriv.risk.membership.shadows import no_defence
+from edgepriv.synthesis import card as cards
 
 pytestmark = pytest.mark.timeout(300)  # sixteen pipelines in a fixture; half a minute on an idle core
 
@@ -110,10 +111,26 @@ def test_without_noise_the_released_set_attack_succeeds(bare_audit):
     assert bare_audit.strongest.tpr_at_1pct >= 0.30
 
 
-def test_noise_orders_the_leak(lab, bare_audit, default_audit):
-    half = judged(scores_of(lab, noise_ratio=0.5, extra=0))
-    near = [auc_of(audit, "nearest_lira") for audit in (bare_audit, half, default_audit)]
+@pytest.fixture(scope="module")
+def half_audit(lab):
+    return judged(scores_of(lab, noise_ratio=0.5, extra=0))
+
+
+def test_noise_orders_the_leak(bare_audit, half_audit, default_audit):
+    near = [auc_of(audit, "nearest_lira") for audit in (bare_audit, half_audit, default_audit)]
     assert near[0] > near[1] > near[2]
+
+
+def test_a_caught_release_is_told_the_smallest_tried_noise_that_holds(lab, half_audit, default_audit):
+    parts, base, release = lab
+    settings = replace(base, noise_ratio=0.5, extra=0)
+    release = replace(release, mechanism=studies.mechanism_of(release.vae, parts, settings))
+    found = studies.suggest_ratio(parts, settings, release, half_audit)
+    assert 1.0 <= found.noise_ratio <= 4.0
+    assert found.auc <= 0.57
+    assert studies.suggest_ratio(parts, base, lab[2], default_audit) is None
+    card = studies.fill_card(parts, settings, release, studies.Study(half_audit, np.ones(16), None, found))
+    assert f"--noise-ratio {found.noise_ratio:g}" in cards.recommend(card)
 
 
 def test_a_vae_of_the_members_leaks_more_than_one_of_public_images(member, default_audit):

@@ -80,9 +80,29 @@ def test_a_checkpoint_of_other_data_or_settings_is_refused(tmp_path, digits):
         training.train_vae(digits.images[:200], digits.labels[:200], config, seed=3, checkpoint=file)
     with pytest.raises(ConfigError, match="another configuration"):
         training.train_vae(digits.images, digits.labels, replace(config, beta=1.0), seed=3, checkpoint=file)
+    with pytest.raises(ConfigError, match="other data"):
+        training.train_vae(digits.images, digits.labels, config, seed=4, checkpoint=file)
     file.write_bytes(b"not a checkpoint")
     with pytest.raises(DataError, match="not a VAE"):
         training.train_vae(digits.images, digits.labels, config, seed=3, checkpoint=file)
+
+
+def test_weights_trained_plainly_are_never_taken_up_by_a_run_that_promises_dp_sgd(tmp_path, digits):
+    config, file = default_config((8, 8, 1), 10, epochs=2, hidden=16), tmp_path / "checkpoint"
+    budget = training.DpSgd(8.0)
+
+    def train(dp):
+        training.train_vae(digits.images, digits.labels, config, seed=3, dp=dp, checkpoint=file)
+
+    train(None)
+    for other in (budget, training.DpSgd(4.0)):
+        with pytest.raises(ConfigError, match="another configuration"):
+            train(other)
+    file.unlink()
+    train(budget)
+    for other in (None, training.DpSgd(4.0)):
+        with pytest.raises(ConfigError, match="another configuration"):
+            train(other)
 
 
 def test_dp_training_spends_no_more_than_its_budget():
@@ -243,6 +263,11 @@ def test_the_recommendation_names_what_is_as_good_and_what_leaks():
     measured["accuracy_public_only"] = 0.5
     assert "Release: it gains" in cards.recommend(example_card(**measured, audit={"auc": 0.52, "strongest": "lira"}))
     assert "raise --noise-ratio" in cards.recommend(example_card(**measured, audit={"auc": 0.9, "strongest": "lira"}))
+    caught = {**measured, "audit": {"auc": 0.9, "strongest": "nearest_lira"}}
+    louder = cards.recommend(example_card(**caught, suggestion=cards.Suggestion(6.0, 0.55)))
+    assert "with --noise-ratio 6 " in louder
+    assert "audited whole" in louder
+    assert "--mode prior" in cards.recommend(example_card(**caught, suggestion=cards.Suggestion(None, 0.6)))
     assert "Do not release" in cards.recommend(example_card(**measured, vae_trained_on="private"))
     measured["accuracy_prior_samples"] = 0.9
     assert "generator samples" in cards.recommend(example_card(**measured))

@@ -25,7 +25,15 @@ if TYPE_CHECKING:
     Scores = NDArray[np.float64]
     Masks = NDArray[np.bool_]
 
-__all__ = ["AttackResult", "AuditReport", "TargetView", "attack_target", "audit_shadows", "report"]
+__all__ = [
+    "AttackResult",
+    "AuditReport",
+    "TargetView",
+    "attack_target",
+    "audit_released_sets",
+    "audit_shadows",
+    "report",
+]
 
 RELEASE_ATTACKS = frozenset({"nearest", "nearest_lira", "nearest_difference"})
 CALIBRATED = frozenset({"lira", "rmia_all", "rmia_out", "label_only_calibrated", "nearest_lira", "nearest_difference"})
@@ -188,6 +196,21 @@ def audit_shadows(shadows: ShadowScores, rng: np.random.Generator, *, targets: i
     members = [shadows.masks[k] for k in range(count)]
     noise = _noise_null([view.shadow_masks for view in views if view.shadow_masks is not None], members, rng)
     return report(found, members, rng, shadow_masks=np.delete(shadows.masks, 0, axis=0), noise_null=noise)
+
+
+def audit_released_sets(nearness: Scores, masks: Masks, rng: np.random.Generator) -> AuditReport:
+    """Audit released sets alone from nearness [N, n]: each is the target once and the others are its shadows."""
+    found = [
+        attack_target(
+            TargetView(
+                nearness=nearness[k],
+                shadow_masks=np.delete(masks, k, axis=0),
+                shadow_nearness=np.delete(nearness, k, axis=0),
+            )
+        )
+        for k in range(len(masks))
+    ]
+    return report(found, list(masks), rng, shadow_masks=masks[1:])
 
 
 def report(

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     Labels = NDArray[np.int64]
     Pipeline = Callable[[Images, Labels, int], tuple[Images, Labels]]
 
-__all__ = ["ShadowScores", "features_of", "no_defence", "run_shadows"]
+__all__ = ["ShadowScores", "features_of", "no_defence", "run_shadows", "shadow_nearness"]
 
 FEATURES = 12
 MAX_ROWS_FOR_AXES = 1000
@@ -96,6 +96,19 @@ def run_shadows(
     nearness = near if released else None
     return ShadowScores(
         masks, margins, logs, agreements, nearness, reference, features, reference_features, accuracies.ravel()
+    )
+
+
+def shadow_nearness(
+    pool: tuple[Images, Labels], masks: NDArray[np.bool_], pipeline: Pipeline, *, seed: int
+) -> NDArray[np.float64]:
+    """Nearness [N, n] of each record to what the pipeline releases for each row of masks; trains no classifier."""
+    images, labels = pool
+    return np.stack(
+        [
+            released_set.nearness(images, labels, *pipeline(images[mask], labels[mask], seed + k))
+            for k, mask in enumerate(masks)
+        ]
     )
 
 

@@ -1,6 +1,10 @@
 """``edgepriv audit membership`` and ``edgepriv synthesize`` as a user calls them, with right and with wrong input."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import onnx
@@ -11,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from edgepriv import cli, datasets
 from edgepriv.risk.membership.classifier import Recipe, train_classifier
 from edgepriv.risk.membership.onnx_model import OnnxClassifier
+from edgepriv.synthesis.training import load_vae
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +212,9 @@ def test_missing_classes_and_data_that_are_no_pictures_are_clear_errors(capsys, 
     data = np.load(folder / "A.npz")
     some = data["labels"] != 4
     np.savez(tmp_path / "no4.npz", images=data["images"][some], labels=data["labels"][some])
-    np.savez(tmp_path / "low.npz", images=data["images"][data["labels"] < 5], labels=data["labels"][data["labels"] < 5])
+    public = np.load(folder / "pub.npz")
+    low = public["labels"] < 5
+    np.savez(tmp_path / "low.npz", images=public["images"][low], labels=public["labels"][low])
     np.savez(tmp_path / "sound.npz", images=np.zeros((50, 9)), labels=np.zeros(50, np.int64))
     (tmp_path / "text.npz").write_text("these are no pictures")
     cases = [
@@ -216,6 +223,8 @@ def test_missing_classes_and_data_that_are_no_pictures_are_clear_errors(capsys, 
         (("--data", tmp_path / "text.npz"), 65, "not a release"),
         (("--data", tmp_path / "absent"), 66, "no such data set"),
         (("--data", folder / "A.npz", "--public-data", tmp_path / "low.npz"), 65, "no image of class"),
+        (("--data", folder / "A.npz", "--public-data", folder / "A.npz"), 65, "of the 550 public pictures are private"),
+        (("--data", folder / "A.npz", "--test-data", folder / "A.npz"), 65, "test pictures are private ones too"),
     ]
     for argv, code, words in cases:
         found = call(capsys, "synthesize", *argv, "--out", tmp_path / "out", "--no-audit", "--vae-epochs", 1)
@@ -267,15 +276,22 @@ def test_probabilities_and_logits_of_one_model_give_the_same_margins(folder, tmp
     assert np.allclose(*found, atol=1e-3)
 
 
-def test_a_run_that_was_cut_resumes_its_vae(capsys, folder, tmp_path, monkeypatch):
-    from edgepriv.synthesis import generator
-
-    out = tmp_path / "r"
-    with monkeypatch.context() as patch:
-        patch.setattr(generator, "synthesize", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert call(capsys, *synthesize(folder, out, "--vae-epochs", 3))[0] == 130
-    assert (tmp_path / "r.vae-checkpoint").exists()
-    code, _, err = call(capsys, *synthesize(folder, out, "--vae-epochs", 3))
+def test_a_killed_run_goes_on_with_its_vae_and_ends_as_if_it_had_not_been_killed(capsys, folder, tmp_path):
+    out, whole = tmp_path / "r", tmp_path / "whole"
+    checkpoint = tmp_path / "r.vae-checkpoint"
+    argv = [str(a) for a in synthesize(folder, out, "--seed", 4, "--vae-epochs", 60)]
+    process = subprocess.Popen([sys.executable, "-m", "edgepriv", *argv], stderr=subprocess.DEVNULL)
+    while not checkpoint.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()  # no time to tidy up
+    assert process.wait() == -signal.SIGKILL
+    assert not out.exists()
+    code, _, err = call(capsys, *argv)
     assert code == 0
-    assert "VAE" not in err  # nothing was left to train
-    assert not (tmp_path / "r.vae-checkpoint").exists()
+    assert "resuming" in err
+    assert not checkpoint.exists()
+    call(capsys, *synthesize(folder, whole, "--seed", 4, "--vae-epochs", 60))
+    first, second = (load_vae(path / "vae.safetensors").state_dict() for path in (out, whole))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert (np.load(out / "release.npz")["images"] == np.load(whole / "release.npz")["images"]).all()
