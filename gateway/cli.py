@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgepriv.errors import EdgeprivError, MissingFileError
+from gateway.cli_devices import devices
 from gateway.cli_models import models
 from gateway.cli_operators import operators
 from gateway.cli_rounds import rounds
@@ -178,8 +179,8 @@ def pages(config_path: Path) -> None:
     serve(config)
 
 
-for group in (rounds, models, operators, token):
-    root.add_command(group)
+for part in (devices, rounds, models, operators, token):
+    root.add_command(part)
 
 
 def run_tree(command: Callable[..., Any], argv: list[str] | None = None) -> None:

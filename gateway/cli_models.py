@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from edgepriv.errors import ConfigError
-from gateway.console import AS_JSON, CONFIG, ask_daemon, json_map, load_config, opened_store, show
+from gateway.console import AS_JSON, CONFIG, ask_daemon, handed_over, json_map, load_config, opened_store, show
 
 
 @click.group()
@@ -20,18 +20,16 @@ def models() -> None:
 @CONFIG
 @AS_JSON
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--id", "name", required=True, help="The model's id.")
-@click.option("--model-version", "version", default="1", show_default=True)
+@click.option("--id", "name", default="", help="The model's id; a protected model has its own.")
+@click.option("--model-version", "version", default="", help="Default: 1, or a protected model's own.")
 def models_add(config_path: Path, as_json: bool, file: Path, name: str, version: str) -> None:
-    """Offer a model file to devices (withheld until it has a verdict, where one is required)."""
-    result = ask_daemon(
-        load_config(config_path),
-        "model-add",
-        {"path": str(file.resolve()), "name": name, "version": version},
-        timeout_s=60,
-    )
-    document = {"schema": "edgepriv.gateway-model/1", "id": name, "version": version, "digest": result["digest"].hex()}
-    show(document, as_json, [f"{name} {version}: {document['digest']}"])
+    """Offer a model file, or a protected model's shipment, to devices (withheld without the verdict it needs)."""
+    config = load_config(config_path)
+    with handed_over(config, file) as path:
+        args = {"path": str(path), "name": name, "version": version}
+        result = ask_daemon(config, "model-add", args, timeout_s=60)
+    document = {"schema": "edgepriv.gateway-model/1", **json_map(result)}
+    show(document, as_json, [f"{document['id']} {document['version']}: {document['digest']}"])
 
 
 @models.command("list")
@@ -48,7 +46,9 @@ def models_list(config_path: Path, as_json: bool) -> None:
         roster = Roster(config.gateway.trust, load_public(config.gateway.owner), store, now=now)
         listed = [json_map(model) for model in Models(store, roster, config.models).listed(now)]
     lines = [
-        f"{m['id']} {m['version']}: {m['verdict']}, {m['withheld'] or m['state']} ({m['digest'][:12]})" for m in listed
+        f"{m['id']} {m['version']}: {m['verdict']}, {m['withheld'] or m['state']} ({m['digest'][:12]})"
+        + (f"; {m['stage']}" if m["stage"] else "")
+        for m in listed
     ]
     show({"schema": "edgepriv.gateway-models/1", "models": listed}, as_json, lines or ["no models"])
 

@@ -7,7 +7,7 @@ from pathlib import Path  # noqa: TC003 - click reads the annotations
 import click
 
 from edgepriv.errors import MissingFileError
-from gateway.console import AS_JSON, CONFIG, load_config, show
+from gateway.console import AS_JSON, CONFIG, as_state_owner, load_config, show
 
 
 @click.group()
@@ -24,7 +24,9 @@ def operators_add(config_path: Path, as_json: bool, name: str, role: str) -> Non
     """Let NAME log in; prints the token, which is kept nowhere. Running it again replaces the token."""
     from gateway.pages.access import Operators
 
-    token = Operators(load_config(config_path).pages.tokens).add(name, role)
+    config = load_config(config_path)
+    with as_state_owner(config):
+        token = Operators(config.pages.tokens).add(name, role)
     document = {"schema": "edgepriv.gateway-operator/1", "name": name, "role": role, "token": token}
     show(document, as_json, [f"{name} ({role}) logs in with this token; it is not shown again:", token])
 
@@ -49,6 +51,9 @@ def operators_remove(config_path: Path, as_json: bool, name: str) -> None:
     """Let NAME in no more; open sessions end at their next request."""
     from gateway.pages.access import Operators
 
-    if not Operators(load_config(config_path).pages.tokens).remove(name):
+    config = load_config(config_path)
+    with as_state_owner(config):
+        removed = Operators(config.pages.tokens).remove(name)
+    if not removed:
         raise MissingFileError(f"{name} is not an operator", hint="edgepriv-gateway operators list")
     show({"schema": "edgepriv.gateway-operator/1", "name": name, "removed": True}, as_json, [f"{name} is removed"])

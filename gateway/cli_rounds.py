@@ -8,7 +8,17 @@ from typing import Any
 import click
 
 from edgepriv.errors import MissingFileError
-from gateway.console import AS_JSON, CONFIG, ask_daemon, assignment, json_map, load_config, opened_store, show
+from gateway.console import (
+    AS_JSON,
+    CONFIG,
+    ask_daemon,
+    assignment,
+    handed_over,
+    json_map,
+    load_config,
+    opened_store,
+    show,
+)
 
 
 @click.group()
@@ -87,7 +97,8 @@ def rounds_stop(config_path: Path, as_json: bool, number: int, reason: str) -> N
 def rounds_weights(config_path: Path, as_json: bool, file: Path, model: str) -> None:
     """Make a file of weights (edgepriv update format) the base of the next round."""
     config = load_config(config_path)
-    result = ask_daemon(config, "round-weights", {"path": str(file.resolve()), "model": model})
+    with handed_over(config, file) as path:
+        result = ask_daemon(config, "round-weights", {"path": str(path), "model": model})
     document = {
         "schema": "edgepriv.gateway-weights/1",
         "model": model,

@@ -7,7 +7,10 @@ import getpass
 import json
 import os
 import re
+import secrets
+import shutil
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +19,8 @@ import click
 from edgepriv.errors import ConfigError, MissingFileError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from gateway.config import Config
     from gateway.store import Store
 
@@ -51,6 +56,52 @@ def load_config(path: Path) -> Config:
     return load(path)
 
 
+def _owner_of_state(config: Config) -> os.stat_result | None:
+    """Whose the state folder is, where we are root and it is somebody else's (a package's service user)."""
+    if os.geteuid() != 0 or not config.gateway.state.is_dir():
+        return None
+    found = config.gateway.state.stat()
+    return found if found.st_uid != 0 else None
+
+
+@contextmanager
+def as_state_owner(config: Config) -> Iterator[None]:
+    """Root works on the state folder as its owner: a file of root in it could not be read by the daemon."""
+    owner = _owner_of_state(config)
+    if owner is None:
+        yield
+        return
+    group = os.getegid()
+    os.setegid(owner.st_gid)
+    os.seteuid(owner.st_uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(group)
+
+
+@contextmanager
+def handed_over(config: Config, file: Path) -> Iterator[Path]:
+    """A path of ``file`` that the daemon can read: its unit sees no home folder, so root's file is copied for it."""
+    if _owner_of_state(config) is None:
+        yield file.resolve()
+        return
+    try:
+        source = file.open("rb")
+    except OSError as error:
+        raise MissingFileError(f"cannot read {file}: {error.strerror}") from None
+    copy = config.gateway.state / "incoming" / secrets.token_hex(8)
+    with source, as_state_owner(config):
+        copy.parent.mkdir(mode=0o700, exist_ok=True)
+        with copy.open("xb") as target:
+            shutil.copyfileobj(source, target)
+    try:
+        yield copy
+    finally:
+        copy.unlink(missing_ok=True)
+
+
 class opened_store:  # noqa: N801 - used like a function: with opened_store(config)
     """The store of a configuration, closed at the end."""
 
@@ -59,13 +110,20 @@ class opened_store:  # noqa: N801 - used like a function: with opened_store(conf
 
         if not create and not config.store.url_file and not (config.gateway.state / "gateway.db").is_file():
             raise MissingFileError(f"no store in {config.gateway.state}", hint="the gateway has not run yet")
-        self._store = open_store(config, create=create)
+        self._owner = as_state_owner(config)
+        self._owner.__enter__()
+        try:
+            self._store = open_store(config, create=create)
+        except BaseException:
+            self._owner.__exit__(None, None, None)
+            raise
 
     def __enter__(self) -> Store:
         return self._store
 
     def __exit__(self, *_: object) -> None:
         self._store.close()
+        self._owner.__exit__(None, None, None)
 
 
 def is_running(config: Config) -> bool:

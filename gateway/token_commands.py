@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import click
 
 from edgepriv.errors import ConfigError, EdgeprivError, MissingDependencyError, TrustError
+from gateway.console import as_state_owner
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -103,10 +104,27 @@ def export(config_path: Path, folder: Path) -> None:
     """Write the public keys of enrolled devices to FOLDER, for `edgepriv owner sign`. The owner should check them."""
     folder.mkdir(parents=True, exist_ok=True)
     with _enrolment(config_path) as (_, enrolment):
-        for public in enrolment.devices():
-            path = folder / f"{public.name}.pub"
-            path.write_text(public.to_text())
-            click.echo(str(path))
+        devices = enrolment.devices()
+    for public in devices:
+        path = folder / f"{public.name}.pub"
+        path.write_text(public.to_text())
+        click.echo(str(path))
+
+
+@token.command("ca")
+@_CONFIG
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="Where the broker reads it."
+)
+def ca(config_path: Path, out: Path) -> None:
+    """Write the certificate of the device CA (made on first use) to a file, for the broker's device listener."""
+    with _enrolment(config_path) as (_, enrolment):
+        certificate = enrolment.ca.certificate
+    try:
+        out.write_bytes(certificate)
+    except OSError as error:
+        raise ConfigError(f"cannot write {out}: {error.strerror}") from None
+    click.echo(f"{out}: the CA of this gateway's devices")
 
 
 @token.command("serve")
@@ -172,10 +190,10 @@ def _enrolment(config_path: Path) -> Iterator[tuple[Config, Enrolment]]:
         ) from error
     config = load(config_path)
     ca = config.broker.ca
-    enrolment = Enrolment(
-        config.gateway.state / "enrolment", clock=time.time, broker_ca=ca.read_bytes() if ca and ca.is_file() else b""
-    )
-    try:
-        yield config, enrolment
-    finally:
-        enrolment.close()
+    broker_ca = ca.read_bytes() if ca and ca.is_file() else b""
+    with as_state_owner(config):
+        enrolment = Enrolment(config.gateway.state / "enrolment", clock=time.time, broker_ca=broker_ca)
+        try:
+            yield config, enrolment
+        finally:
+            enrolment.close()

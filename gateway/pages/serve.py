@@ -6,21 +6,23 @@ import ssl
 from typing import TYPE_CHECKING, Any
 
 from edgepriv.errors import ConfigError, MissingDependencyError
+from edgepriv.notify import Notifier
 
 if TYPE_CHECKING:
-    from gateway.config import Config
+    from gateway.config import Config, PagesSection
+
+NOTIFY_S = 5  # systemd hears of the loop this often; its watchdog waits 30 s
 
 
 def serve(config: Config) -> None:
     """Serve until told to stop.
 
     Raises:
-        ConfigError: no port, or an address that is not loopback without TLS.
+        ConfigError: no port, or a client CA without a certificate of the server.
         MissingDependencyError: the extra ``gateway`` is not installed.
     """
     try:
         import uvicorn
-        from uvicorn.protocols.http.h11_impl import H11Protocol
     except ImportError:
         raise MissingDependencyError("the pages need uvicorn", hint="pip install 'edgepriv[gateway]'") from None
     from gateway.daemon import open_store
@@ -32,9 +34,51 @@ def serve(config: Config) -> None:
     if settings.client_ca and not settings.certificate:
         raise ConfigError("[pages] client_ca needs a certificate of the server", hint="certificate = ..., key = ...")
     names: dict[Any, str] = {}
+    notifier = Notifier()
+
+    async def alive() -> None:
+        notifier.alive()
+
+    class Server(uvicorn.Server):
+        """Tells systemd when it listens."""
+
+        async def startup(self, sockets: Any = None) -> None:
+            await super().startup(sockets)
+            notifier.ready()
+            notifier.alive()
+
+    store = open_store(config)
+    try:
+        Server(
+            uvicorn.Config(
+                Pages(config, store, names=names).guarded(),
+                host=settings.host,
+                port=settings.port,
+                http=_naming(names),
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_graceful_shutdown=5,
+                limit_concurrency=200,
+                callback_notify=alive,
+                timeout_notify=NOTIFY_S,
+                **_tls(settings),
+            )
+        ).run()
+    finally:
+        notifier.stopping()
+        store.close()
+
+
+def _naming(names: dict[Any, str]) -> Any:
+    """A protocol that notes the common name of each connection's verified certificate."""
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class NamedProtocol(H11Protocol):
-        """Notes the common name of each connection's verified certificate."""
+        """One connection."""
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -46,31 +90,20 @@ def serve(config: Config) -> None:
                 names.pop(tuple(self.client), None)
             super().connection_lost(exc)
 
-    store = open_store(config)
-    pages = Pages(config, store, names=names)
-    tls: dict[str, Any] = {}
-    if settings.certificate:
-        tls = {"ssl_certfile": str(settings.certificate), "ssl_keyfile": str(settings.key) if settings.key else None}
+    return NamedProtocol
+
+
+def _tls(settings: PagesSection) -> dict[str, Any]:
+    """Uvicorn's options: none on plain loopback; with a client CA nobody without a certificate gets a connection."""
+    if not settings.certificate:
+        return {}
+    tls: dict[str, Any] = {
+        "ssl_certfile": str(settings.certificate),
+        "ssl_keyfile": str(settings.key) if settings.key else None,
+    }
     if settings.client_ca:
         tls |= {"ssl_ca_certs": str(settings.client_ca), "ssl_cert_reqs": ssl.CERT_REQUIRED}
-    try:
-        uvicorn.run(
-            pages.guarded(),
-            host=settings.host,
-            port=settings.port,
-            http=NamedProtocol,
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_graceful_shutdown=5,
-            limit_concurrency=200,
-            **tls,
-        )
-    finally:
-        store.close()
+    return tls
 
 
 def _common_name(certificate: Any) -> str:
