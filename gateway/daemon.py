@@ -35,11 +35,13 @@ from gateway.metrics import Metrics
 from gateway.models import Models
 from gateway.presence import Presence
 from gateway.rollout import Plan
+from gateway.root import QUESTION
 from gateway.roster import Roster
 from gateway.round_driver import RoundDriver
 from gateway.sessions import Sessions
 from gateway.store import Store
 from gateway.transfers import Transfers
+from gateway.uplink import Uplink
 from gateway.watch import Watch
 from gateway.webhook import Webhook
 
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import FrameType
 
+    from edgepriv.keys import Identity
     from edgepriv.mqtt import Link
     from gateway.config import Config
 
@@ -94,6 +97,8 @@ class Gateway:
         settings = dict(config.rounds)
         self.rounds = RoundDriver(store, self.roster, self.transfers, settings, self._put_later, clock)
         self.desk.weights = self.rounds.weights
+        self.desk.add(QUESTION, {"gateway"}, self.rounds.root.answer)
+        self.uplink = self._make_uplink(identity)
         self.ingest = Ingest(
             store, self.roster, self.sessions, self.transfers, self.presence, self.desk,
             rounds=self.rounds, window_s=config.outputs.window_s, max_frame_bytes=config.ingest.max_frame_bytes,
@@ -109,6 +114,16 @@ class Gateway:
         self.failed_batch = ""
         link.subscribe(topics.up_filter(config.gateway.shard))
 
+    def _make_uplink(self, identity: Identity) -> Uplink | None:
+        """The session with the root, where ``[rounds] root`` names one."""
+        settings = self.rounds.settings
+        if not (root := settings.get("root")):
+            return None
+        return Uplink(
+            identity, self.roster, self.rounds, self.link, root=str(root), shard=int(settings.get("root_shard", 0)),
+            clock=self._clock,
+        )  # fmt: skip
+
     def _put_later(self, party: str, message: Any) -> None:
         self._put_back.append((party, message))
 
@@ -118,6 +133,10 @@ class Gateway:
         """One turn without waiting; True when there was something to do."""
         now = self._clock()
         packets = self.link.receive(self.config.ingest.batch) if packets is None else packets
+        if self.uplink:
+            mine = [p for p in packets if p.topic == self.uplink.topic]
+            packets = [p for p in packets if p.topic != self.uplink.topic]
+            self._ask_root(self.uplink, mine, now)
         if packets:
             self._handle(packets, now)
         self._turn(now)
@@ -126,6 +145,15 @@ class Gateway:
         sent = self.downlink.pump()
         self.last_turn = time.monotonic()
         return bool(packets or sent)
+
+    def _ask_root(self, uplink: Uplink, packets: list[Inbound], now: float) -> None:
+        try:
+            for packet in packets:
+                uplink.take(packet, now)
+            uplink.step(now)
+            self._release_replies()
+        except (StorageFullError, TemporaryError, sqlite3.Error, OSError) as error:
+            self._recover(error)
 
     def _handle(self, packets: list[Inbound], now: float) -> None:
         began = time.perf_counter()
@@ -330,7 +358,9 @@ class Gateway:
 
     def _add_model(self, args: dict[str, Any], actor: str, now: float) -> dict[str, Any]:
         path = Path(args["path"])
-        return {"digest": self.models.add(path, name=args["name"], version=args["version"], actor=actor, now=now)}
+        digest = self.models.add(path, name=args["name"], version=args["version"], actor=actor, now=now)
+        (added,) = [m for m in self.models.listed(now) if m["digest"] == digest]
+        return {"digest": digest, "id": added["id"], "version": added["version"]}
 
     def _with_model(self, args: dict[str, Any], change: Callable[[bytes], None]) -> dict[str, Any]:
         digest = self.models.find(args["model"])

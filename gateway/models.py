@@ -9,6 +9,10 @@ A rollout (`gateway.rollout`) offers a model to a growing share of the devices a
 a failure; a model without one is offered to all. Rolling back withholds a version from everybody and offers the one
 before it again. Devices report with the query ``report`` of kind ``model``: ``{"good", "reason"}``.
 
+A *shipment* or *delivery* (`edgepriv.wire.delivery`) holds a protected model, whose true bytes the gateway cannot see.
+Its manifest, signed by the owner or an issuer, names the digest that each level will run; the verdicts inside it speak
+of those. It is withheld unless there is at least one, and every one is valid, good and of one of these digests.
+
 A verdict's bytes: CBOR ``[body, signature]``, the body a byte string (CBOR map) with ``model`` (SHA-256 of the bytes),
 ``verdict``, ``policy``, ``serial``, ``issued``, ``expires`` (Unix seconds); Ed25519 for the use ``verdict``.
 """
@@ -18,8 +22,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from edgepriv.errors import AuthenticationError, DataError, MissingFileError, WireError
+from edgepriv.errors import AuthenticationError, DataError, EdgeprivError, MissingFileError, WireError
 from edgepriv.wire import cbor
+from edgepriv.wire.delivery import read_label
 from gateway import rollout
 from gateway.rollout import Plan, Rollout, from_fields
 from gateway.store import unpack
@@ -27,6 +32,7 @@ from gateway.store import unpack
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from edgepriv.wire.delivery import Label
     from gateway.config import ModelsSection
     from gateway.roster import Roster
     from gateway.store import Store
@@ -81,15 +87,32 @@ class Models:
         self._store, self._roster, self._settings = store, roster, settings
 
     def add(self, path: Path, *, name: str, version: str, actor: str, now: float) -> bytes:
-        """Take a model file into the store; returns its SHA-256."""
+        """Take a model file into the store; returns its SHA-256. A protected one has a name and version of its own.
+
+        Raises:
+            MissingFileError, DataError: nothing there, empty, damaged, or a plain model without a name.
+            AuthenticationError: a protected model that is signed by nobody who may.
+        """
         if not path.is_file():
             raise MissingFileError(f"no such model: {path}")
         if not path.stat().st_size:
             raise DataError(f"{path} is empty")
+        label = self._label(path)
+        if label is not None:
+            name, version = name or label.name, version or str(label.version)
+        if not name:
+            raise DataError(f"{path} does not say which model it is", hint="give --id")
+        version = version or "1"
         meta = {"version": version, "state": OFFERED, "verdict": b"", "risk": "", "rollout": {}}
+        if label is not None:
+            meta |= {"issuer": label.issuer, "runs": list(label.digests), "bundled": list(label.verdicts)}
         digest = self._store.add_object(path, kind=KIND, name=name, meta=meta, now=now)
         self._store.audit(actor, "model-add", {"model": name, "version": version, "digest": digest}, now)
         return digest
+
+    def _label(self, path: Path) -> Label | None:
+        with path.open("rb") as stream:
+            return read_label(stream, self._roster.model_issuers())
 
     def listed(self, now: float) -> list[dict[str, Any]]:
         """All models with their state and verdict."""
@@ -101,7 +124,8 @@ class Models:
     def _describe(
         self, digest: bytes, name: str, size: int, added: float, meta: dict[str, Any], now: float
     ) -> dict[str, Any]:
-        verdict, objection = self._verdict(digest, meta, now)
+        protected = "runs" in meta
+        verdict, objection = (self._bundled if protected else self._verdict)(digest, meta, now)
         state = meta.get("state", OFFERED)
         running = from_fields(meta["rollout"]) if meta.get("rollout") else None
         return {
@@ -109,6 +133,7 @@ class Models:
             "state": state,
             "share": 100 if running is None else (0 if running.state == rollout.HALTED else running.share),
             "stage": stage_text(running) if running else "",
+            "protected": protected,
             "verdict": verdict.verdict if verdict else "not audited",
             "verdict_bytes": meta.get("verdict", b""), "risk": meta.get("risk", ""),
             "policy": verdict.policy if verdict else "", "expires": verdict.expires if verdict else 0,
@@ -128,6 +153,34 @@ class Models:
         if self._settings.require_verdict and verdict.verdict != GOOD_VERDICT:
             return verdict, f"the verdict is {verdict.verdict!r}"
         return verdict, ""
+
+    def _bundled(self, _digest: bytes, meta: dict[str, Any], now: float) -> tuple[Verdict | None, str]:
+        """The weakest verdict in a protected model's delivery, and why it is withheld."""
+        if meta["issuer"] not in self._roster.model_issuers():
+            return None, "its issuer is not trusted any more"
+        if not meta["bundled"]:
+            needed = self._settings.require_verdict
+            return None, "no verdict of the risk service on the bytes that would run" if needed else ""
+        verdict = None
+        for raw in meta["bundled"]:
+            verdict = self._by_any_risk_service(raw, now)
+            if verdict is None:
+                return None, "a verdict in it is not signed by a risk service that is trusted"
+            if verdict.model not in meta["runs"]:
+                return verdict, "a verdict in it is of other bytes than those that would run"
+            if verdict.expires <= now:
+                return verdict, "the verdict has expired"
+            if self._settings.require_verdict and verdict.verdict != GOOD_VERDICT:
+                return verdict, f"the verdict is {verdict.verdict!r}"
+        return verdict, ""
+
+    def _by_any_risk_service(self, raw: bytes, now: float) -> Verdict | None:
+        for party in self._roster.trust.with_role("risk"):
+            try:
+                return read_verdict(raw, self._roster, party.name, now)
+            except EdgeprivError:
+                continue
+        return None
 
     def offers(self, party: str, role: str, now: float) -> list[dict[str, Any]]:
         """See ModelsPort: all of them for the risk service, those not withheld for a device."""

@@ -77,6 +77,10 @@ class Roster:
             return self.trust.party(name)  # raises with the exact reason
         return found
 
+    def model_issuers(self) -> list[bytes]:
+        """Ed25519 keys that may sign protected models: the owner's, and those of issuers that are not revoked."""
+        return [self._owner.ed25519, *(party.ed25519 for party in self.trust.with_role("issuer"))]
+
     def check_self(self, identity: Identity) -> None:
         """Refuse to run under a key that the owner has not listed for this gateway (TrustError)."""
         listed = self.trust.party(identity.name, "gateway")

@@ -11,34 +11,42 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgepriv.errors import ConfigError
+
 if TYPE_CHECKING:
     from edgepriv.demo.processes import Children
     from edgepriv.demo.site import Site
     from edgepriv.device.capture import Frame
+    from edgepriv.device.infer import Inferer
 
 SCHEMA = "edgepriv.device-bench/1"
 CACHED_FRAMES = 16
 
 
 @click.command("bench")
-@click.option("--model", required=True, type=click.Path(path_type=Path), help="ONNX file with its model.toml beside.")
+@click.option("--model", type=click.Path(path_type=Path), help="ONNX file with its model.toml beside.")
+@click.option("--config", type=click.Path(path_type=Path), help="Or a device.toml: its model, protected ones too.")
 @click.option("--source", default="simulated", show_default=True, help="simulated, or a folder of pictures.")
 @click.option("--frames", default=40, show_default=True, type=click.IntRange(8, 10_000), help="Frames of each turn.")
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1, 64), help="Threads of the model.")
 @click.option("--end-to-end/--local-only", default=True, show_default=True)
 @click.option("--json", "as_json", is_flag=True)
-def bench(model: Path, source: str, frames: int, threads: int, end_to_end: bool, as_json: bool) -> None:
+def bench(
+    model: Path | None, config: Path | None, source: str, frames: int, threads: int, end_to_end: bool, as_json: bool
+) -> None:
     """Measure capture > infer > release > seal > spool against capture, resize, model and AEAD alone."""
     from edgepriv.demo.site import GATEWAY, make_site
     from edgepriv.device.bench import bench_config, measure
 
+    path, inferer = _model(model, config)
+    end_to_end = end_to_end and model is not None  # a device of the measurement's own site has no permission
     with tempfile.TemporaryDirectory(prefix="edgepriv-bench-") as name:
         folder = Path(name)
         site = make_site(folder, 1)
         pictures = captured(source, folder)
         click.echo("local: the runtime and the bare loop in turns", err=True)
-        config = bench_config(folder, model.resolve(), gateway=GATEWAY, device="dev-1", threads=threads)
-        local = measure(config, pictures, frames_per_turn=frames, folder=folder)
+        settings = bench_config(folder, path, gateway=GATEWAY, device="dev-1", threads=threads)
+        local = measure(settings, pictures, frames_per_turn=frames, folder=folder, inferer=inferer)
         document: dict[str, Any] = {
             "schema": SCHEMA,
             "fps": round(local.fps, 2),
@@ -51,10 +59,23 @@ def bench(model: Path, source: str, frames: int, threads: int, end_to_end: bool,
         }
         if end_to_end:
             click.echo("end to end: with broker and gateway on the same cores", err=True)
-            seen = run_site(site, model.resolve(), source, frames * 4, threads)
+            seen = run_site(site, path, source, frames * 4, threads)
             seen["ratio_end_to_end"] = round(seen["fps_end_to_end"] / local.bare_fps, 3)
             document |= seen
     click.echo(json.dumps(document) if as_json else as_text(document))
+
+
+def _model(model: Path | None, config: Path | None) -> tuple[Path, Inferer | None]:
+    """The file to load, or the model that a device's configuration opens."""
+    from edgepriv.device.config import load_config
+    from edgepriv.device.protected import open_to_look
+
+    if model is not None and config is None:
+        return model.resolve(), None
+    if config is None or model is not None:
+        raise ConfigError("give --model or --config", hint="edgepriv device bench --help")
+    settings = load_config(config)
+    return settings.model.path, open_to_look(settings, time.time())
 
 
 def captured(source: str, folder: Path) -> list[Frame]:

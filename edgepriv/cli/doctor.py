@@ -135,15 +135,18 @@ def _model(config: DeviceConfig) -> Finding:
     import numpy as np
 
     from edgepriv.device.capture import Frame
-    from edgepriv.device.infer import Inferer
+    from edgepriv.device.protected import open_to_look
 
-    if config.model.permission is not None:
-        return Finding("model", SKIPPED, "it is protected: edgepriv model status checks it")
-    inferer = Inferer.from_file(config.model.path, threads=config.model.threads)
+    inferer = open_to_look(config, time.time())
     spec = inferer.spec
     began = time.perf_counter()
     inferer(Frame(np.zeros((spec.height, spec.width, 3), np.uint8), time.time(), 0))
-    return Finding("model", OK, f"{spec.id} runs in {1000 * (time.perf_counter() - began):.1f} ms (first inference)")
+    level = f", level {inferer.level} in memory" if inferer.level else ""
+    text = f"{spec.id}{level} runs in {1000 * (time.perf_counter() - began):.1f} ms (first inference)"
+    days = (inferer.expires_s - time.time()) / 86_400
+    if inferer.expires_s and days < 7:
+        return Finding("model", WARNING, f"{text}; its permission expires in {days:.1f} days", "edgepriv grant")
+    return Finding("model", OK, text)
 
 
 def _camera(config: DeviceConfig, path: Path, *, wanted: bool) -> Finding:

@@ -1,4 +1,4 @@
-"""``edgepriv model``: publish a protected model for delivery; fetch, verify, test, switch and roll back on a device."""
+"""``edgepriv model``: publish a protected model for delivery; verify, test, switch and roll back on a device."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgepriv.errors import ConfigError, MissingFileError
+from edgepriv.errors import ConfigError, DataError, EdgeprivError, MissingFileError
 
 if TYPE_CHECKING:
     from edgepriv.device.models import ModelStore
+    from edgepriv.selective_encryption.manifest import Manifest
 
 CONFIG = click.option(
     "--config", required=True, type=click.Path(path_type=Path), help="device.toml: keys, trust list and state folder."
@@ -23,7 +24,7 @@ AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON d
 
 @click.group()
 def model() -> None:
-    """Deliver protected models: publish (owner); pull, status, confirm, rollback (device)."""
+    """Deliver protected models: publish (owner); pull, install, status, confirm, rollback (device)."""
 
 
 @model.command()
@@ -33,13 +34,24 @@ def model() -> None:
 @click.option("--data", required=True, help="Golden inputs come from this data set's test part.")
 @click.option("--golden", default=16, show_default=True, help="How many golden inputs.")
 @click.option("--min-accuracy", default=0.0, show_default=True, help="On the golden inputs, at the granted level.")
+@click.option("--min-psnr-db", default=0.0, show_default=True, help="The same for a denoiser.")
 @click.option("--max-latency-ms", default=60_000.0, show_default=True)
 @click.option("--max-rss-mb", default=1_000_000.0, show_default=True)
-@click.option("--verdict", type=click.Path(path_type=Path), help="The risk service's signed verdict.")
+@click.option(
+    "--verdict", "verdicts", multiple=True, type=click.Path(path_type=Path), help="Signed verdict of a level."
+)
+@click.option(
+    "--shipment", type=click.Path(path_type=Path), help="Also write one file for `edgepriv-gateway models add`."
+)
+@click.option(
+    "--permission", "permissions", multiple=True, type=click.Path(path_type=Path), help="Goes with --shipment."
+)
 @AS_JSON
 def publish(folder: Path, repository: Path, owner_key: Path, as_json: bool, **flags: Any) -> None:
     """Pack the protected model in FOLDER with golden inputs and sign delivery metadata for it."""
-    from edgepriv.device.models import Limits, pack
+    from edgepriv.cli.protect_data import InputForm, load_samples
+    from edgepriv.device import packing
+    from edgepriv.device.shipments import SUFFIX
     from edgepriv.keys import load_identity
     from edgepriv.selective_encryption import bundle_files, delivery
 
@@ -47,29 +59,97 @@ def publish(folder: Path, repository: Path, owner_key: Path, as_json: bool, **fl
     own = folder / "owner" / "issuer.key"
     issuer = load_identity(own) if own.is_file() else owner
     paper, signed = bundle_files.read_manifest(folder, [issuer.public.ed25519])
-    stored = bundle_files.read_stored(folder, paper)
-    files = {**{name: bytes(content) for name, content in stored.items()}, bundle_files.MANIFEST: signed}
-    limits = Limits(flags["min_accuracy"], flags["max_latency_ms"] / 1e3, int(flags["max_rss_mb"] * 1e6))
-    verdict = flags["verdict"].read_bytes() if flags["verdict"] else None
-    raw = pack(files, _golden(paper, flags["data"], flags["golden"]), limits, issuer, verdict=verdict)
-    name = f"{paper.name}.delivery"
+    permissions = _permissions(flags["permissions"], paper, issuer.public.ed25519)
+    samples = load_samples(
+        flags["data"], InputForm.from_fields(paper.about.get("input", {})), split="test", limit=flags["golden"]
+    )
+    limits = packing.Limits(
+        flags["min_accuracy"], flags["max_latency_ms"] / 1e3, int(flags["max_rss_mb"] * 1e6), flags["min_psnr_db"]
+    )
+    repository.mkdir(parents=True, exist_ok=True)
+    fresh = repository / "new.part"
+    with fresh.open("wb") as stream:
+        packing.write_delivery(
+            stream,
+            {**_public_files(folder, paper), bundle_files.MANIFEST: signed},
+            packing.Golden(samples.x, samples.y),
+            limits,
+            issuer,
+            verdicts=_verdicts(flags["verdicts"], paper),
+        )
+    name = paper.name + SUFFIX
     now = dt.datetime.now(dt.timezone.utc)
     custom = {"version": paper.binding.version, "model_id": paper.binding.model_id.hex()}
-    path = delivery.publish(repository, raw, name, owner, folder / "owner" / "tuf.json", now=now, custom=custom)
-    report = {"schema": "edgepriv.model-publish/1", "target": name, "bytes": len(raw), "file": str(path), **custom}
-    click.echo(json.dumps(report) if as_json else f"{repository}: {name} version {paper.binding.version} is offered")
+    path = delivery.publish(repository, fresh, name, owner, folder / "owner" / "tuf.json", now=now, custom=custom)
+    if flags["shipment"]:
+        _ship(flags["shipment"], delivery.shipped_files(repository, name), permissions)
+    report = {"schema": "edgepriv.model-publish/1", "target": name, "bytes": path.stat().st_size, "file": str(path)}
+    text = f"{repository}: {name} version {paper.binding.version} is offered"
+    click.echo(json.dumps({**report, **custom}) if as_json else text)
 
 
-def _golden(paper: Any, data: str, count: int) -> tuple[Any, Any]:
-    from edgepriv.cli.protect_data import InputForm, load_samples
+def _public_files(folder: Path, paper: Manifest) -> dict[str, Path]:
+    """The bundle's public files and its ``model.toml``, small ones first."""
+    names = [item.segment.name for item in paper.levels] + [paper.stored_name(entry) for entry in paper.files]
+    files = {name: folder / name for name in ("model.toml", *names)}
+    if not files["model.toml"].is_file():
+        click.echo(f"{folder} has no model.toml: devices need one to run this model in their pipeline", err=True)
+        del files["model.toml"]
+    for path in files.values():
+        if not path.is_file():
+            raise MissingFileError(f"the bundle lacks {path.name}", hint="run edgepriv protect again")
+    return files
 
-    form = InputForm.from_fields(paper.about.get("input", {}))
-    if form.task != "classify":
-        raise ConfigError(
-            "golden inputs are made for classifiers", hint="pack other deliveries by edgepriv.device.models"
-        )
-    samples = load_samples(data, form, split="test", limit=count)
-    return samples.x, samples.y
+
+def _verdicts(paths: tuple[Path, ...], paper: Manifest) -> dict[str, bytes]:
+    """Name each verdict after the level whose bytes it speaks of."""
+    from edgepriv.wire import cbor, delivery
+
+    found = {}
+    for path in paths:
+        raw = _read(path, "verdict")
+        try:
+            body, _ = cbor.decode(raw, max_bytes=delivery.MAX_VERDICT_BYTES)
+            digest = cbor.decode_map(body, max_bytes=delivery.MAX_VERDICT_BYTES).get("model")
+        except (EdgeprivError, TypeError, ValueError) as error:
+            raise DataError(f"{path} is not a verdict") from error
+        level = next((item.level for item in paper.levels if item.digest == digest), None)
+        if level is None:
+            raise ConfigError(
+                f"{path} speaks of other bytes than any level of this model", hint="audit a level's bytes"
+            )
+        found[delivery.verdict_name(level)] = raw
+    return found
+
+
+def _permissions(paths: tuple[Path, ...], paper: Manifest, issuer: bytes) -> dict[str, bytes]:
+    """Permissions by the name under which their device looks for them."""
+    from edgepriv.device.shipments import permission_name
+    from edgepriv.selective_encryption.manifest import decode_permission
+
+    found = {}
+    for path in paths:
+        raw = _read(path, "permission")
+        permission = decode_permission(raw, [issuer])
+        if permission.binding != paper.binding:
+            raise ConfigError(
+                f"{path} is for another model or version", hint="edgepriv grant makes one for this bundle"
+            )
+        found[permission_name(permission.device)] = raw
+    return found
+
+
+def _read(path: Path, what: str) -> bytes:
+    if not path.is_file():
+        raise MissingFileError(f"no such {what}: {path}")
+    return path.read_bytes()
+
+
+def _ship(path: Path, repository: dict[str, Path], permissions: dict[str, bytes]) -> None:
+    from edgepriv.wire import delivery
+
+    with path.open("wb") as stream:
+        delivery.write(stream, delivery.SHIPMENT, {**permissions, **repository})
 
 
 @model.command()
@@ -81,25 +161,42 @@ def _golden(paper: Any, data: str, count: int) -> tuple[Any, Any]:
 @AS_JSON
 def pull(config: Path, repository: Path, name: str, permission: Path | None, confirm_now: bool, as_json: bool) -> None:
     """Verify the metadata, stage, check, self-test and switch; on any failure the running model stays."""
-    from edgepriv.device import protected
+    from edgepriv.device import protected, shipments
     from edgepriv.selective_encryption import delivery
 
     store, owner = _store(config)
-    if permission is not None and not permission.is_file():
-        raise MissingFileError(f"no such permission: {permission}", hint="ask the owner: edgepriv grant")
-    path, _ = delivery.pull(repository, f"{name}.delivery", owner, store.folder / "tuf")
+    raw = _read(permission, "permission") if permission is not None else None
+    path, _ = delivery.pull(repository, name + shipments.SUFFIX, owner, store.folder / "tuf")
     store.recover()
-    raw = permission.read_bytes() if permission else None
     measured = store.install(path, raw, protected.runner, clock=time.perf_counter, rss=protected.resident_bytes)
     if confirm_now:
         store.confirm()
-    report = {
-        "schema": "edgepriv.model-status/1",
-        **store.report(),
-        "accuracy": measured.accuracy,
-        "latency_ms": round(1e3 * measured.latency_s, 3),
-    }
-    click.echo(json.dumps(report) if as_json else _text(report))
+    _show(shipments.outcome(store, None, measured), as_json=as_json)
+
+
+@model.command()
+@CONFIG
+@click.argument("shipment", type=click.Path(path_type=Path))
+@click.option("--permission", type=click.Path(path_type=Path), help="Used where the shipment has none for this device.")
+@AS_JSON
+def install(config: Path, shipment: Path, permission: Path | None, as_json: bool) -> None:
+    """Install SHIPMENT (what `publish --shipment` wrote) as the runtime does; opening it there, or `confirm`, ends the trial."""
+    from edgepriv.device import shipments
+
+    store, owner = _store(config)
+    try:
+        raw = _read(permission, "permission") if permission is not None else None
+        measured = shipments.install_shipment(shipment, store, owner, raw)
+    except EdgeprivError as error:
+        if as_json:
+            _show(shipments.outcome(store, error, None), as_json=True)
+        raise
+    _show(shipments.outcome(store, None, measured), as_json=as_json)
+
+
+def _show(report: dict[str, Any], *, as_json: bool) -> None:
+    document = {"schema": "edgepriv.model-status/1", **report}
+    click.echo(json.dumps(document) if as_json else _text(document))
 
 
 @model.command()
@@ -107,8 +204,7 @@ def pull(config: Path, repository: Path, name: str, permission: Path | None, con
 @AS_JSON
 def status(config: Path, as_json: bool) -> None:
     """Say what runs and why other models were refused."""
-    report = {"schema": "edgepriv.model-status/1", **_store(config)[0].report()}
-    click.echo(json.dumps(report) if as_json else _text(report))
+    _show(_store(config)[0].report(), as_json=as_json)
 
 
 @model.command()

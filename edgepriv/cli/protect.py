@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,6 +93,8 @@ def protect_model(**flags: Any) -> None:
         log=_log,
     )
     _write(flags["out"], bundle, report, issuer)
+    if model_path is not None and model_path.with_name("model.toml").is_file():
+        shutil.copyfile(model_path.with_name("model.toml"), flags["out"] / "model.toml")
     click.echo(json.dumps(report, indent=1) if flags["as_json"] else _text(report, flags["out"]))
 
 

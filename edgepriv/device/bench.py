@@ -89,9 +89,11 @@ def bench_config(site: Path, model: Path, *, gateway: str, device: str, threads:
     )
 
 
-def measure(config: DeviceConfig, frames: list[Frame], *, frames_per_turn: int, folder: Path) -> LocalResult:
-    """Run both loops in turns."""
-    inferer = Inferer.from_file(config.model.path, threads=config.model.threads)
+def measure(
+    config: DeviceConfig, frames: list[Frame], *, frames_per_turn: int, folder: Path, inferer: Inferer | None = None
+) -> LocalResult:
+    """Run both loops in turns; ``inferer``: in place of the plain file that ``[model]`` names."""
+    inferer = inferer or Inferer.from_file(config.model.path, threads=config.model.threads)
     runtime = _runtime(config, inferer, folder)
     runtime.stages.source = Repeated(frames)
     ours, bare = _stepper(runtime), _bare_loop(inferer, Repeated(frames), frames[0].pixels.nbytes)

@@ -37,11 +37,16 @@ class BrokerConfig:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """``[model]``: a plain ONNX file, or a carrier with a permission, and how many threads to use."""
+    """``[model]``: a plain ONNX file, a carrier with a permission, or the device's model store (``state`` + /models).
+
+    ``follow``: install new versions of this model id from the gateway into the store; asked for every ``check_s``.
+    """
 
     path: Path
     permission: Path | None = None
     threads: int = 1
+    follow: str = ""
+    check_s: float = 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +54,8 @@ class ReleaseConfig:
     """``[release]``: what may leave. ``bits_per_scene`` 0 means no budget.
 
     ``indicator``: the risk service's reference file; outputs that look unlike an honest model's are counted, and with
-    ``refuse_suspicious`` they do not leave.
+    ``refuse_suspicious`` they do not leave. ``purifier``: a file of ``edgepriv harden``; outputs are pulled towards
+    their class's mean before the policy.
     """
 
     policy: str = "argmax"
@@ -57,6 +63,7 @@ class ReleaseConfig:
     scene_window_s: float = 2.0
     indicator: Path | None = None
     refuse_suspicious: bool = False
+    purifier: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,10 +98,12 @@ def load_spec(model_path: Path) -> ModelSpec:
 
 
 class OpenedModel(Protocol):
-    """A protected model that was opened in memory: digest and level, and what gives its weights to a session."""
+    """A protected model that was opened in memory: what it is, how long it may run, and its weights for a session."""
 
     digest: bytes
     level: int
+    expires_s: int
+    issued_s: int
 
     def feed(self, options: Any, ort: Any) -> bytes:
         """Hand external weights to the session options; returns the graph's bytes."""
@@ -115,6 +117,8 @@ class Inferer:
         self.spec = spec
         self.digest = hashlib.sha256(model).digest() if isinstance(model, bytes) else model.digest
         self.level = 0 if isinstance(model, bytes) else model.level
+        self.expires_s, self.issued_s = (0, 0) if isinstance(model, bytes) else (model.expires_s, model.issued_s)
+        self.closed = False
         channels = 1 if spec.colour == "gray" else 3
         self._mean = _per_channel(spec.mean, channels, "mean")
         self._scale = _per_channel(spec.scale, channels, "scale")
@@ -134,6 +138,10 @@ class Inferer:
         if path.with_name("manifest.cbor").is_file():
             raise DataError(f"{path} is the carrier of a protected model", hint="set [model] permission")
         return cls(path.read_bytes(), load_spec(path), threads=threads)
+
+    def close(self) -> None:
+        """Let go of the session and its weights; this model runs no more."""
+        self.closed, self._session = True, None
 
     @property
     def classes(self) -> int:

@@ -10,29 +10,27 @@ State machine, one small file (``state.json``) that is replaced atomically; ever
   again. A cut of power leaves one of the states above: `recover` rolls an unconfirmed trial back after two attempts.
 * Health is local golden inference, never connectivity: a bad network must not roll a good model back.
 
-A delivery is a CBOR map of files (see `pack`): the protected model, ``golden.cbor`` and ``delivery.cbor``, which the
-issuer signs over the digests of the others, and the risk service's ``verdict.cbor``.
+What a delivery holds: `packing`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import cbor2
 import numpy as np
 
-from edgepriv.device.verdicts import check_verdict
+from edgepriv.device import packing
+from edgepriv.device.verdicts import check_verdict, verdict_path
 from edgepriv.errors import DataError, EdgeprivError, MissingFileError, RefusedError, TrustError
 from edgepriv.selective_encryption import bundle_files, manifest
 from edgepriv.selective_encryption.restore import open_level
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection
     from pathlib import Path
 
     from edgepriv.keys import Identity
@@ -40,20 +38,9 @@ if TYPE_CHECKING:
 
     Runner = Callable[[Restored], Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]]
 
-SCHEMA = "edgepriv.delivery/1"
-DELIVERY, GOLDEN, VERDICT, PERMISSION = "delivery.cbor", "golden.cbor", "verdict.cbor", "permission"
-MAX_DELIVERY_BYTES = 8 << 30
+PERMISSION = "permission"
 MAX_REASONS = 32
 MAX_ATTEMPTS = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What the self-test demands: accuracy on the golden inputs, time and memory of one inference."""
-
-    min_accuracy: float = 0.0
-    max_latency_s: float = 60.0
-    max_rss_bytes: int = 1 << 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +68,10 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One self-test."""
+    """One self-test. ``quality`` is an accuracy (``unit`` empty) or a PSNR (``unit`` dB)."""
 
-    accuracy: float
+    quality: float
+    unit: str
     latency_s: float
     rss_bytes: int
 
@@ -118,14 +106,7 @@ class ModelStore:
 
     def _write(self, state: State) -> None:
         """Replace the state file; after this returns, a cut of power cannot lose it."""
-        path = self.folder / "state.json"
-        part = path.with_suffix(".part")
-        with part.open("w") as file:
-            json.dump(asdict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-        _sync_folder(self.folder)
+        packing.write_durably(self.folder / "state.json", json.dumps(asdict(state)).encode())
         self.state = state
 
     def raise_floor(self, seconds: int) -> None:
@@ -153,7 +134,7 @@ class ModelStore:
             RefusedError: it was refused before.
             DataError: not a delivery, or the disk has no room for it.
         """
-        name = _file_digest(delivery)
+        name = packing.file_digest(delivery).hex()
         attempt = _attempt(name, permission)
         if attempt in self.state.refused:
             raise RefusedError(f"this delivery was refused before: {self.state.refused[attempt]}")
@@ -164,11 +145,11 @@ class ModelStore:
                 raise DataError(f"no room to stage {size} bytes", hint="free the disk; the running model is untouched")
             part = place.with_name(place.name + ".part")
             shutil.rmtree(part, ignore_errors=True)
-            _unpack(delivery.read_bytes(), part)
+            packing.unpack(delivery, part)
             part.rename(place)
-            _sync_folder(place.parent)
+            packing.sync_folder(place.parent)
         if permission is not None:
-            _write_durably(place / PERMISSION, permission)
+            packing.write_durably(place / PERMISSION, permission)
         return name
 
     def verify(self, name: str) -> None:
@@ -188,13 +169,9 @@ class ModelStore:
         if name in self.trust.revoked or paper.binding.carrier.hex() in self.trust.revoked:
             raise TrustError("the model is revoked")
         for file_name, digest in body["files"].items():
-            if hashlib.sha256((self._place(name) / file_name).read_bytes()).digest() != digest:
+            if packing.file_digest(self._place(name) / file_name) != digest:
                 raise DataError(f"{file_name} is not the file that was signed", hint="fetch the model again")
-        restored = self.open(name)
-        restored.wipe()
-        if self.trust.require_verdict:
-            path = self._place(name) / VERDICT
-            self.raise_floor(check_verdict(path, restored.digest, self.trust.risk_keys, self.state.floor_s))
+        self.open_judged(name).wipe()
 
     def self_test(self, name: str, run: Runner, *, clock: Callable[[], float], rss: Callable[[], int]) -> Measured:
         """Run the golden inputs on exactly the bytes that will run; never the network.
@@ -208,15 +185,18 @@ class ModelStore:
         Raises:
             RefusedError: too inaccurate, too slow or too large.
         """
-        golden, limits = self._golden(name), Limits(**self._delivery(name)["limits"])
+        golden = packing.Golden.decode((self._place(name) / packing.GOLDEN).read_bytes())
+        limits = packing.Limits(**self._delivery(name)["limits"])
         infer = run(self.open(name))
-        infer(golden[0][:1])  # the first inference pays for lazy set-up
-        times, right = [], 0
-        for one, label in zip(golden[0], golden[1], strict=True):
+        infer(golden.inputs[:1])  # the first inference pays for lazy set-up
+        times, scores = [], []
+        for number, one in enumerate(golden.inputs):
             began = clock()
-            right += int(np.argmax(infer(one[None])) == label)
+            output = infer(one[None])
             times.append(clock() - began)
-        found = Measured(right / len(times), float(np.median(times)), rss())
+            scores.append(golden.score(number, output))
+        unit = "" if golden.labelled else "dB"
+        found = Measured(float(np.mean(scores)), unit, float(np.median(times)), rss())
         _judge(found, limits)
         return found
 
@@ -309,6 +289,19 @@ class ModelStore:
         now_s = max(self.state.floor_s, paper.issued_s)
         return open_level(signed, permission.read_bytes(), stored, self.identity, self.trust.issuers, now_s=now_s)
 
+    def open_judged(self, name: str = "") -> Restored:
+        """As `open`; where the owner's policy demands it, only with a good verdict on exactly these bytes."""
+        name = name or self.state.current
+        restored = self.open(name)
+        if self.trust.require_verdict:
+            path = verdict_path(self._place(name), restored.level)
+            try:
+                self.raise_floor(check_verdict(path, restored.digest, self.trust.risk_keys, self.state.floor_s))
+            except BaseException:
+                restored.wipe()
+                raise
+        return restored
+
     def report(self) -> dict[str, Any]:
         """What the device tells about its models: what runs, and why others do not."""
         paper = self._papers(self.state.current)[0] if self.state.current else None
@@ -333,25 +326,10 @@ class ModelStore:
         return bundle_files.read_manifest(self._place(name), self.trust.issuers)
 
     def _delivery(self, name: str) -> dict[str, Any]:
-        path = self._place(name) / DELIVERY
+        path = self._place(name) / packing.SIGNED_LIST
         if not path.is_file():
-            raise DataError(f"the delivery lacks {DELIVERY}")
-        body, _ = manifest.open_signed(path.read_bytes(), "model-delivery", SCHEMA, self.trust.issuers)
-        files, limits = body.get("files"), body.get("limits")
-        names_ok = isinstance(files, dict) and all(_bare(n) and isinstance(d, bytes) for n, d in files.items())
-        if not names_ok or not isinstance(limits, dict) or set(limits) - set(Limits.__slots__):
-            raise DataError("the delivery's signed list is malformed")
-        if not {bundle_files.MANIFEST, GOLDEN} <= set(body["files"]):
-            raise DataError("the delivery's signed list lacks the manifest or the golden inputs")
-        return body
-
-    def _golden(self, name: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        try:
-            fields = cbor2.loads((self._place(name) / GOLDEN).read_bytes())
-            inputs = np.frombuffer(fields["inputs"], "<f4").reshape(fields["shape"])
-            return inputs, np.asarray(fields["labels"], np.int64)
-        except (KeyError, TypeError, ValueError, OSError, cbor2.CBORDecodeError) as error:
-            raise DataError("the golden inputs are malformed") from error
+            raise DataError(f"the delivery lacks {packing.SIGNED_LIST}")
+        return packing.read_list(path.read_bytes(), self.trust.issuers, (bundle_files.MANIFEST, packing.GOLDEN))
 
     def _version(self, name: str, model: str) -> int | None:
         if not name:
@@ -376,92 +354,17 @@ class ModelStore:
                 shutil.rmtree(place, ignore_errors=True)
 
 
-def pack(
-    files: Mapping[str, bytes],
-    golden: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]],
-    limits: Limits,
-    issuer: Identity,
-    *,
-    verdict: bytes | None = None,
-) -> bytes:
-    """Make a delivery (owner side): the bundle's public files, golden inputs, signed list, verdict.
-
-    Args:
-        files: bundle files by name, ``manifest.cbor`` among them.
-        golden: inputs float32 [n, ...] and labels int64 [n].
-        limits: what the self-test demands.
-        issuer: signs the list.
-        verdict: the risk service's statement on the exact bytes, if there is one.
-    """
-    inputs = np.ascontiguousarray(golden[0], np.float32)
-    content = dict(files)
-    fields = {"inputs": inputs.tobytes(), "shape": list(inputs.shape), "labels": [int(v) for v in golden[1]]}
-    content[GOLDEN] = cbor2.dumps(fields, canonical=True)
-    digests = {name: hashlib.sha256(data).digest() for name, data in content.items()}
-    body = {"schema": SCHEMA, "files": digests, "limits": asdict(limits)}
-    content[DELIVERY] = manifest.sign_body(body, "model-delivery", issuer)
-    if verdict is not None:
-        content[VERDICT] = verdict
-    return cbor2.dumps({"schema": SCHEMA, "files": content})
-
-
-def _unpack(raw: bytes, folder: Path) -> None:
-    """Write a delivery's files under bare names, each flushed to the disk."""
-    try:
-        fields = cbor2.loads(raw)
-        files = fields["files"] if fields["schema"] == SCHEMA else None
-    except (cbor2.CBORDecodeError, KeyError, TypeError, ValueError) as error:
-        raise DataError("not a model delivery") from error
-    good = isinstance(files, dict) and all(_bare(n) and isinstance(c, bytes) for n, c in files.items())
-    if not good or not isinstance(files, dict):
-        raise DataError("not a model delivery: a file name is not a bare name")
-    folder.mkdir(mode=0o700)
-    for name, content in files.items():
-        _write_durably(folder / name, content)
-
-
 def _attempt(name: str, permission: bytes | None) -> str:
     """What a refusal is filed under: the delivery, and which permission it came with."""
     return name if permission is None else f"{name}:{hashlib.sha256(permission).hexdigest()[:16]}"
 
 
-def _bare(name: Any) -> bool:
-    return isinstance(name, str) and 0 < len(name) < 128 and "/" not in name and not name.startswith(".")
-
-
-def _judge(found: Measured, limits: Limits) -> None:
-    if found.accuracy < limits.min_accuracy:
-        raise RefusedError(f"self-test: accuracy {found.accuracy:.3f} is below {limits.min_accuracy:.3f}")
+def _judge(found: Measured, limits: packing.Limits) -> None:
+    if found.unit and found.quality < limits.min_psnr_db:
+        raise RefusedError(f"self-test: {found.quality:.2f} dB is below {limits.min_psnr_db:.2f} dB")
+    if not found.unit and found.quality < limits.min_accuracy:
+        raise RefusedError(f"self-test: accuracy {found.quality:.3f} is below {limits.min_accuracy:.3f}")
     if found.latency_s > limits.max_latency_s:
         raise RefusedError(f"self-test: {1e3 * found.latency_s:.1f} ms is over {1e3 * limits.max_latency_s:.1f} ms")
     if found.rss_bytes > limits.max_rss_bytes:
         raise RefusedError(f"self-test: {found.rss_bytes} bytes of memory are over {limits.max_rss_bytes}")
-
-
-def _file_digest(path: Path) -> str:
-    if not path.is_file():
-        raise MissingFileError(f"no such delivery: {path}")
-    if path.stat().st_size > MAX_DELIVERY_BYTES:
-        raise DataError(f"{path} is larger than a delivery may be")
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -1,7 +1,7 @@
 """From ``[model]`` to what inference takes: a plain file, a protected bundle with a permission, or the model store.
 
 Rules: a carrier is never run as if it were a model: with a manifest beside it a permission is demanded. True weights
-exist in memory only. Time is the device's persisted floor (see `ModelStore`), never the network's clock.
+exist in memory only. Time is the device's `TimeFloor`, never the system's clock.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from edgepriv.device.infer import Inferer, load_spec
-from edgepriv.device.models import VERDICT, ModelStore, Trust
-from edgepriv.device.verdicts import check_verdict
+from edgepriv.device.models import ModelStore, Trust
+from edgepriv.device.time_floor import TimeFloor
+from edgepriv.device.verdicts import check_verdict, verdict_path
 from edgepriv.errors import DataError, EdgeprivError, MissingFileError
-from edgepriv.keys import load_public
+from edgepriv.keys import load_identity, load_public
 from edgepriv.selective_encryption import bundle_files
 from edgepriv.selective_encryption.calibrate import options as session_options
 from edgepriv.selective_encryption.calibrate import runtime
 from edgepriv.selective_encryption.restore import open_level
+from edgepriv.wire.trust import read_trust
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,28 +68,72 @@ def open_protected(path: Path, permission: Path | None, identity: Identity, trus
     return open_level(signed, permission.read_bytes(), stored, identity, trust.issuers, now_s=now_s)
 
 
-def open_inferer(config: DeviceConfig, identity: Identity, listed: TrustList, clock: Callable[[], float]) -> Inferer:
+def open_inferer(
+    config: DeviceConfig,
+    identity: Identity,
+    listed: TrustList,
+    now_s: int,
+    *,
+    accept: Callable[[Inferer], None] = lambda _: None,
+    only_look: bool = False,
+) -> Inferer:
     """The inference stage of ``[model]``: a plain file, a bundle with a permission, or the folder of the model store.
 
-    A model of the store that is on trial is confirmed when it opens and infers, and rolled back when it does not.
+    A model of the store that is on trial is confirmed when it opens, infers and is accepted, else it is rolled back.
+
+    Args:
+        config: the device's configuration.
+        identity: opens permissions.
+        listed: the owner's trust list.
+        now_s: the time floor.
+        accept: raises where the model does not fit the rest of the device.
+        only_look: leave the store's state as it is (self-checks).
 
     Raises:
         EdgeprivError: nothing that may run can be opened.
     """
-    model = config.model
-    path, threads = model.path, model.threads
+    path, threads = config.model.path, config.model.threads
     trust = _device_trust(config, identity, listed)
-    if (path / "state.json").is_file():
-        return _from_store(ModelStore(path, identity, trust), threads)
+    if is_store(path):
+        store = ModelStore(path, identity, trust)
+        if only_look:
+            return _inferer(store.open_judged(), store.place(), threads)
+        store.raise_floor(now_s)
+        return _from_store(store, threads, accept)
+    inferer = _from_path(config, identity, trust, now_s)
+    accept(inferer)
+    return inferer
+
+
+def open_to_look(config: DeviceConfig, now: float) -> Inferer:
+    """The model of a configuration for a self-check or a measurement, as the runtime opens it; changes nothing."""
+    owner = load_public(config.device.owner)
+    trust = read_trust(config.device.trust.read_bytes(), owner.ed25519, now=now)
+    floor_s = max(TimeFloor(config.device.state / "time-floor").now(), trust.issued)
+    return open_inferer(config, load_identity(config.device.key), trust, floor_s, only_look=True)
+
+
+def _from_path(config: DeviceConfig, identity: Identity, trust: Trust, now_s: int) -> Inferer:
+    path, threads = config.model.path, config.model.threads
     if not is_protected(path):
         if trust.require_verdict:
-            check_verdict(path.with_name(VERDICT), _digest(path), trust.risk_keys, int(clock()))
+            check_verdict(verdict_path(path.parent, 0), _digest(path), trust.risk_keys, now_s)
         return Inferer.from_file(path, threads=threads)
-    restored = open_protected(path, model.permission, identity, trust, now_s=int(clock()))
+    restored = open_protected(path, config.model.permission, identity, trust, now_s=now_s)
     folder = path if path.is_dir() else path.parent
     if trust.require_verdict:
-        check_verdict(folder / VERDICT, restored.digest, trust.risk_keys, int(clock()))
+        check_verdict(verdict_path(folder, restored.level), restored.digest, trust.risk_keys, now_s)
     return _inferer(restored, folder, threads)
+
+
+def is_store(path: Path) -> bool:
+    """Whether a model path is the folder of a model store."""
+    return (path / "state.json").is_file()
+
+
+def configured_store(config: DeviceConfig, identity: Identity, listed: TrustList) -> ModelStore:
+    """The model store that ``[model] path`` names."""
+    return ModelStore(config.model.path, identity, _device_trust(config, identity, listed))
 
 
 def _digest(path: Path) -> bytes:
@@ -107,16 +153,22 @@ def _inferer(restored: Restored, folder: Path, threads: int) -> Inferer:
         restored.wipe()
 
 
-def _from_store(store: ModelStore, threads: int) -> Inferer:
+def _from_store(store: ModelStore, threads: int, accept: Callable[[Inferer], None]) -> Inferer:
     """Open what is current; one failure on trial brings the last good model back."""
+
+    def opened() -> Inferer:
+        inferer = _inferer(store.open_judged(), store.place(), threads)
+        accept(inferer)
+        return inferer
+
     store.recover()
     try:
-        inferer = _inferer(store.open(), store.place(), threads)
+        inferer = opened()
     except EdgeprivError as error:
         if not store.state.trial:
             raise
         store.roll_back(f"it did not start: {error}")
-        return _inferer(store.open(), store.place(), threads)
+        return opened()
     store.confirm()
     return inferer
 

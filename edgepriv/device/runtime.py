@@ -27,7 +27,7 @@ from edgepriv.errors import (
     WireError,
 )
 from edgepriv.wire import messages, topics
-from edgepriv.wire.messages import Ack, Chunk, Grant, Notice, RoundMessage, Status
+from edgepriv.wire.messages import Ack, Chunk, Grant, Notice, Reply, RoundMessage, Status
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from edgepriv.device.infer import Inference, Inferer
     from edgepriv.device.learn import Learner
     from edgepriv.device.ledger import SceneLedger
+    from edgepriv.device.model_keeper import ModelKeeper
     from edgepriv.device.publish import Publisher
     from edgepriv.device.release import Released, ReleasePolicy
     from edgepriv.device.seal import Sealer
@@ -67,6 +68,7 @@ class Stages:
     link: Link
     indicator: OutputIndicator | None = None
     trust: TrustUpdates | None = None
+    keeper: ModelKeeper | None = None
 
 
 class DeviceRuntime:
@@ -91,7 +93,8 @@ class DeviceRuntime:
         """Do what can be done now, without waiting; True when something was done."""
         now = self._clock()
         worked = self._receive(now)
-        if self.capturing and now - self._last_frame >= self.config.run.interval_s:
+        self._keep_model(now)
+        if self.capturing and not self.stages.inferer.closed and now - self._last_frame >= self.config.run.interval_s:
             worked |= self._take_frame(now)
         self._commit(now)
         self._learn(now)
@@ -114,6 +117,17 @@ class DeviceRuntime:
             self.stages.fetcher.step(now)
         except OSError as error:
             self._disk(error)
+
+    def _keep_model(self, now: float) -> None:
+        """Which model may run now: an expired permission closes the session, a delivery replaces it."""
+        keeper = self.stages.keeper
+        if keeper is None:
+            return
+        try:
+            keeper.step(now)
+        except OSError as error:
+            self._disk(error)
+        self.stages.inferer = keeper.inferer
 
     def _disk(self, error: OSError) -> None:
         if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
@@ -267,6 +281,8 @@ class DeviceRuntime:
                 self.stages.fetcher.on_chunk(message)
             case RoundMessage() if self.stages.learner is not None:
                 self.stages.learner.receive(message, now)
+            case Reply() if self.stages.keeper is not None:
+                self.stages.keeper.on_reply(message)
             case Notice(code="unknown-epoch"):
                 self.stages.publisher.forget_epochs()
                 self.counters["notices"] += 1
@@ -301,6 +317,8 @@ class DeviceRuntime:
         trust, learner = self.stages.trust, self.stages.learner
         if trust is not None:
             counters |= trust.counters
+        if self.stages.keeper is not None:
+            counters |= self.stages.keeper.counters
         if learner is not None:
             counters |= learner.counters
         return Status(

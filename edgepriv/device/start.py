@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 from edgepriv import keys, mqtt
@@ -12,7 +13,10 @@ from edgepriv.device.config import load_config
 from edgepriv.device.fetch import Fetcher
 from edgepriv.device.indicator import OutputIndicator
 from edgepriv.device.learn import Learner
+from edgepriv.device.model_keeper import ModelKeeper
+from edgepriv.device.model_updates import ModelUpdates, ProcessInstaller
 from edgepriv.device.publish import Publisher
+from edgepriv.device.purify import OutputPurifier, PurifiedPolicy
 from edgepriv.device.release import parse_policy
 from edgepriv.device.runtime import DeviceRuntime, Stages
 from edgepriv.device.seal import Sealer
@@ -26,9 +30,10 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
-    from edgepriv.device.config import BrokerConfig, DeviceConfig
+    from edgepriv.device.config import BrokerConfig, DeviceConfig, ReleaseConfig
     from edgepriv.device.infer import Inferer
     from edgepriv.device.ledger import SceneLedger
+    from edgepriv.device.release import ReleasePolicy
     from edgepriv.mqtt import Link
     from edgepriv.wire.trust import TrustList
 
@@ -50,7 +55,7 @@ def start_device(path: Path, *, clock: Callable[[], float] = time.time, link: Li
         EdgeprivError: of the kind that names what is missing or wrong.
     """
     config = load_config(path)
-    return assemble(config, folder=path.resolve().parent, clock=clock, link=link)
+    return assemble(config, folder=path.resolve().parent, clock=clock, link=link, file=path.resolve())
 
 
 def assemble(
@@ -60,29 +65,33 @@ def assemble(
     clock: Callable[[], float],
     link: Link | None = None,
     inferer: Inferer | None = None,
+    file: Path | None = None,
+    monotonic: Callable[[], float] = time.monotonic,
 ) -> DeviceRuntime:
-    """Put the stages of one device together. ``inferer`` may be shared by the devices of one process."""
+    """Put the stages of one device together.
+
+    Args:
+        config: the configuration.
+        folder: what its relative paths count from.
+        clock: Unix seconds.
+        link: in place of the broker's.
+        inferer: shared by the devices of one process; then nothing watches over its permission.
+        file: the configuration's own file, for the process that installs models.
+        monotonic: what the time floor is advanced by.
+    """
     identity, trust = _identity(config, clock)
     state = config.device.state
-    policy = parse_policy(config.release.policy)
-    inferer = inferer or protected.open_inferer(config, identity, trust.current(), clock)
-    if policy.task != inferer.spec.task:
-        raise ConfigError(
-            f"release policy {policy.name!r} is for {policy.task}, but model {inferer.spec.id} does {inferer.spec.task}"
-        )
+    policy = open_policy(config.release)
+    keeper = None
+    if inferer is None:
+        keeper = ModelKeeper(config, identity, trust.current, partial(_check_task, policy), monotonic=monotonic)
+        inferer = keeper.inferer
+    _check_task(policy, inferer)
     source = open_source(str(config.source.get("kind", "")), _options(config.source), folder=folder, clock=clock)
     max_bytes = int(config.spool.max_mb * 1e6)
     spool = Spool(state / "spool", max_bytes=max_bytes, max_rows=config.spool.max_rows, drop=config.spool.drop)
     link = link or broker_link(config.broker, identity.name)
-    sealer = Sealer(
-        identity,
-        trust.current,
-        config.device.gateway,
-        config.seal,
-        shard=config.device.shard,
-        clock=clock,
-        next_epoch=lambda: spool.next_value("epoch_seq"),
-    )
+    sealer = _sealer(config, identity, trust, spool, clock)
     metas: dict[int, dict[str, Any]] = {}
     publisher = Publisher(
         spool,
@@ -101,8 +110,60 @@ def assemble(
     runtime = DeviceRuntime(identity.name, config, stages, clock=clock)
     if config.rounds.take_part and (inferer.spec.features or inferer.spec.trainable):
         stages.learner = _learner(config, identity, trust.current(), runtime, metas)
+    stages.keeper = keeper
+    if keeper is not None and config.model.follow:
+        keeper.updates = _model_updates(config, identity, trust, stages, file)
     stages.trust = TrustUpdates(trust, fetcher, lambda adopted: _tell_learner(stages, adopted))
     return runtime
+
+
+def _sealer(
+    config: DeviceConfig, identity: keys.Identity, trust: TrustFile, spool: Spool, clock: Callable[[], float]
+) -> Sealer:
+    return Sealer(
+        identity,
+        trust.current,
+        config.device.gateway,
+        config.seal,
+        shard=config.device.shard,
+        clock=clock,
+        next_epoch=lambda: spool.next_value("epoch_seq"),
+    )
+
+
+def open_policy(config: ReleaseConfig) -> ReleasePolicy:
+    """Return the configured release policy, behind the purifier where one is named."""
+    policy = parse_policy(config.policy)
+    return policy if config.purifier is None else PurifiedPolicy(policy, OutputPurifier.load(config.purifier))
+
+
+def _check_task(policy: ReleasePolicy, inferer: Inferer) -> None:
+    if policy.task != inferer.spec.task:
+        raise ConfigError(
+            f"release policy {policy.name!r} is for {policy.task}, but model {inferer.spec.id} does {inferer.spec.task}"
+        )
+
+
+def _model_updates(
+    config: DeviceConfig, identity: keys.Identity, trust: TrustFile, stages: Stages, file: Path | None
+) -> ModelUpdates:
+    """Follow a model id at the gateway; new versions go into the store that ``[model] path`` names."""
+    if file is None or not protected.is_store(config.model.path):
+        hint = "install the first version by hand: edgepriv model pull; path is [device] state + /models"
+        raise ConfigError("[model] follow needs a model store as [model] path", hint=hint)
+
+    def send(message: Any) -> bool:
+        publisher = stages.publisher
+        return publisher.epoch_known(stages.sealer.epoch_digest) and publisher.send_message(message)
+
+    return ModelUpdates(
+        config.model.follow,
+        lambda: protected.configured_store(config, identity, trust.current()),
+        stages.fetcher,
+        send,
+        ProcessInstaller(file),
+        every_s=config.model.check_s,
+    )
 
 
 def _tell_learner(stages: Stages, adopted: TrustList) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgepriv import primitives
 from edgepriv.errors import AuthenticationError, TrustError, WireError
-from edgepriv.wire import cbor
+from edgepriv.wire import cbor, delivery
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -14,6 +14,12 @@ if TYPE_CHECKING:
 
 VERDICT_USE = "verdict"
 GOOD_VERDICT = "low leakage"
+
+
+def verdict_path(folder: Path, level: int) -> Path:
+    """The verdict file that speaks of one level: its own, or the one for the whole delivery."""
+    own = folder / delivery.verdict_name(level)
+    return own if own.is_file() else folder / delivery.VERDICT
 
 
 def check_verdict(path: Path, digest: bytes, risk_keys: Collection[bytes], floor_s: int) -> int:

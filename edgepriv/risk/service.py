@@ -138,6 +138,8 @@ class RiskService:
         now = self._clock()
         for offer in offers:
             size = offer.get("size")
+            if offer.get("protected"):  # nobody without a permission has its bytes: its owner has them judged
+                continue
             if isinstance(size, int) and self.jobs.add(offer["digest"], str(offer.get("id", ""))[:200], size, now):
                 LOG.info("model %s (%s) is queued", offer.get("id"), offer["digest"].hex()[:12])
 
@@ -197,6 +199,8 @@ class RiskService:
         folder = self.folder / "reports"
         (folder / f"{digest.hex()}.json").write_text(json.dumps(answer.report, indent=2))
         (folder / f"{digest.hex()}.html").write_text(answer.html)
+        if answer.indicator:
+            (folder / f"{digest.hex()}.indicator.json").write_bytes(answer.indicator)
         for policy, png in answer.grids:
             (folder / f"{digest.hex()}.{policy.replace(':', '-')}.png").write_bytes(png)
         self.jobs.finish(digest, answer.report, now)

@@ -5,7 +5,7 @@ mirror, a memory stick. TUF gives what a signature alone does not: no rollback t
 its expiry, no mix of old and new files. The root file is pinned by the owner: ``root.json.owner`` is the owner's
 Ed25519 signature over the first root, and a device believes no other first root.
 
-Rules: this runs as a one-shot process (`edgepriv model pull`), because TUF costs tens of MB; the long-lived runtime
+Rules: this runs as a one-shot process (`edgepriv model pull`, `install`), because TUF costs tens of MB; the long-lived runtime
 never imports it. The keys of the TUF roles are raw Ed25519 seeds in the owner's folder.
 """
 
@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 from edgepriv import primitives
 from edgepriv.errors import (
     AuthenticationError,
-    DataError,
     KeyFileError,
     MissingDependencyError,
     MissingFileError,
@@ -52,29 +51,25 @@ def _tuf() -> Any:
     return metadata
 
 
-def _signers(seed_file: Path) -> dict[str, Any]:
+class SeedSigner:
+    """Signs metadata with a raw Ed25519 seed through our own primitives: what `Metadata.sign` needs of a signer."""
+
+    def __init__(self, seed: bytes) -> None:
+        from securesystemslib.signer import SSlibKey
+
+        public = primitives.backend().ed25519_public(seed).hex()
+        key_id = hashlib.sha256(public.encode()).hexdigest()
+        self._seed, self.public_key = seed, SSlibKey(key_id, "ed25519", "ed25519", {"public": public})
+
+    def sign(self, payload: bytes) -> Any:
+        """A signature as TUF metadata holds it."""
+        from securesystemslib.signer import Signature
+
+        return Signature(self.public_key.keyid, primitives.backend().ed25519_sign(self._seed, payload).hex())
+
+
+def _signers(seed_file: Path) -> dict[str, SeedSigner]:
     """One Ed25519 signer for each TUF role; the seeds are made at first use (0600)."""
-    from securesystemslib.signer import Signature, Signer, SSlibKey
-
-    class SeedSigner(Signer):  # type: ignore[misc]
-        """Signs with a raw seed through our own primitives."""
-
-        def __init__(self, seed: bytes) -> None:
-            public = primitives.backend().ed25519_public(seed).hex()
-            key_id = hashlib.sha256(public.encode()).hexdigest()
-            self._seed, self._key = seed, SSlibKey(key_id, "ed25519", "ed25519", {"public": public})
-
-        @property
-        def public_key(self) -> Any:
-            return self._key
-
-        @classmethod
-        def from_priv_key_uri(cls, priv_key_uri: str, public_key: Any, secrets_handler: Any = None) -> Any:
-            raise NotImplementedError
-
-        def sign(self, payload: bytes) -> Any:
-            return Signature(self._key.keyid, primitives.backend().ed25519_sign(self._seed, payload).hex())
-
     return {role: SeedSigner(seed) for role, seed in _seeds(seed_file).items()}
 
 
@@ -94,7 +89,7 @@ def _seeds(path: Path) -> dict[str, bytes]:
 
 def publish(
     repository: Path,
-    delivery: bytes,
+    delivery: Path,
     name: str,
     owner: Identity,
     seeds: Path,
@@ -106,7 +101,7 @@ def publish(
 
     Args:
         repository: folder.
-        delivery: the target's bytes.
+        delivery: the target's file; it is moved into the repository.
         name: target name, for example ``eye.delivery``.
         owner: pins the first root.
         seeds: file of the TUF role keys.
@@ -122,11 +117,10 @@ def publish(
     targets.mkdir(exist_ok=True)
     if not (metadata / "1.root.json").is_file():
         _make_root(api, metadata, signers, owner, now)
-    digest = hashlib.sha256(delivery).hexdigest()
-    path = targets / f"{digest}.{name}"
-    path.write_bytes(delivery)
     role = _latest(api, metadata, "targets") or api.Metadata(api.Targets())
-    target = api.TargetFile.from_data(name, delivery, ["sha256"])
+    target = api.TargetFile.from_file(name, str(delivery), ["sha256"])
+    path = targets / f"{target.hashes['sha256']}.{name}"
+    shutil.move(delivery, path)
     target.unrecognized_fields["custom"] = custom
     role.signed.targets[name] = target
     version = _save(role, "targets", metadata, signers, now)
@@ -154,8 +148,12 @@ def _latest(api: Any, metadata: Path, role: str) -> Any:
     if role == "timestamp":
         path = metadata / "timestamp.json"
         return api.Metadata.from_file(str(path)) if path.is_file() else None
-    numbers = [int(path.name.split(".")[0]) for path in metadata.glob(f"*.{role}.json")]
-    return api.Metadata.from_file(str(metadata / f"{max(numbers)}.{role}.json")) if numbers else None
+    number = _newest(metadata, role)
+    return api.Metadata.from_file(str(metadata / f"{number}.{role}.json")) if number else None
+
+
+def _newest(metadata: Path, role: str) -> int:
+    return max((int(path.name.split(".")[0]) for path in metadata.glob(f"*.{role}.json")), default=0)
 
 
 def _save(role: Any, name: str, metadata: Path, signers: dict[str, Any], now: dt.datetime) -> int:
@@ -243,17 +241,21 @@ def _blocks(path: Path) -> Iterator[bytes]:
             yield block
 
 
-def copy_growing(source: Path, target: Path, *, chunk_bytes: int = 1 << 20) -> int:
-    """Copy a file by chunks, continuing a cut copy where it stopped; returns the bytes copied now.
+def shipped_files(repository: Path, name: str) -> dict[str, Path]:
+    """What a device needs of a repository to pull one target: newest metadata, all roots, the target.
+
+    Returns:
+        Path below the repository -> file, small files first.
 
     Raises:
-        DataError: the source is shorter than what was copied before.
+        MissingFileError: the repository does not offer the target.
     """
-    have = target.stat().st_size if target.is_file() else 0
-    size = source.stat().st_size
-    if have > size:
-        raise DataError(f"{target} is longer than its source", hint="remove it and fetch again")
-    with source.open("rb") as reader, target.open("ab") as writer:
-        reader.seek(have)
-        shutil.copyfileobj(reader, writer, chunk_bytes)
-    return size - have
+    api, metadata = _tuf(), repository / "metadata"
+    role = _latest(api, metadata, "targets")
+    if role is None or name not in role.signed.targets:
+        raise MissingFileError(f"{repository} offers no {name!r}", hint="edgepriv model publish")
+    newest = [f"{_newest(metadata, part)}.{part}.json" for part in ("snapshot", "targets")]
+    roots = sorted(path.name for path in metadata.glob("*.root.json"))
+    names = [*roots, "root.json.owner", "timestamp.json", *newest]
+    target = f"targets/{role.signed.targets[name].hashes['sha256']}.{name}"
+    return {**{f"metadata/{n}": metadata / n for n in names}, target: repository / target}

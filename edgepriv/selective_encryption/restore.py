@@ -31,13 +31,17 @@ _NUMPY_TYPES = {1: "<f4", 2: "u1", 3: "i1", 4: "<u2", 5: "<i2", 6: "<i4", 7: "<i
 
 @dataclass(slots=True)
 class Restored:
-    """A model opened up to ``level``, in memory only; call `wipe` when the session exists."""
+    """A model opened up to ``level``, in memory only; call `wipe` when the session exists.
+
+    ``expires_s`` and ``issued_s``: until when it may run, and the latest time that its signed papers state.
+    """
 
     level: int
     digest: bytes
     expires_s: int
     names: tuple[str, ...]
     files: list[NDArray[np.uint8]]
+    issued_s: int = 0
 
     def model_bytes(self) -> bytes:
         """The graph's bytes, for ``InferenceSession``; see `feed` for a model with external data."""
@@ -126,7 +130,9 @@ def open_level(
         raise TrustError(f"the permission opens levels 1 to {permission.level}, not {wanted}")
     key = manifest.open_permission(permission, device)
     key = levels.key_at(key, paper.binding.model_id, permission.level, wanted)
-    return open_with_key(paper, key, wanted, stored, expires_s=permission.expires_s)
+    opened = open_with_key(paper, key, wanted, stored, expires_s=permission.expires_s)
+    opened.issued_s = max(paper.issued_s, permission.issued_s)
+    return opened
 
 
 def open_with_key(

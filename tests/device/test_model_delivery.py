@@ -9,86 +9,15 @@ import sys
 import time
 
 import numpy as np
-import onnxruntime as ort
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from model_site import NOW, Maker, answers, install, new_store
 
 from edgepriv import primitives
-from edgepriv.device.models import Limits, ModelStore, Trust, pack
+from edgepriv.device.models import ModelStore
+from edgepriv.device.packing import Limits
 from edgepriv.errors import EdgeprivError, RefusedError
 from edgepriv.keys import Identity
-from edgepriv.selective_encryption import carrier, levels, manifest, protection
-from edgepriv.selective_encryption.select.scores import random_scores
-from edgepriv.wire import cbor
-
-NOW = 1_900_000_000
-
-
-def tiny_model():
-    rng = np.random.default_rng(0)
-    tensors = [
-        numpy_helper.from_array(rng.normal(size=(16, 3, 3, 3)).astype(np.float32), "w"),
-        numpy_helper.from_array(rng.normal(size=(16, 5)).astype(np.float32), "m"),
-    ]
-    nodes = [
-        helper.make_node("Conv", ["x", "w"], ["c"], pads=[1] * 4),
-        helper.make_node("Relu", ["c"], ["r"]),
-        helper.make_node("ReduceMean", ["r"], ["p"], axes=[2, 3], keepdims=0),
-        helper.make_node("MatMul", ["p", "m"], ["y"]),
-    ]
-    info = helper.make_tensor_value_info
-    graph = helper.make_graph(
-        nodes, "g", [info("x", TensorProto.FLOAT, ["n", 3, 8, 8])], [info("y", TensorProto.FLOAT, ["n", 5])], tensors
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-
-
-class Maker:
-    """The owner's side: versions of one model, permissions, verdicts."""
-
-    def __init__(self):
-        self.issuer = Identity.new("owner", "maker")
-        self.risk = Identity.new("risk", "judge")
-        self.inputs = np.random.default_rng(1).normal(size=(6, 3, 8, 8)).astype(np.float32)
-        self.bundles, self.permissions = {}, {}
-
-    def bundle(self, version):
-        if version not in self.bundles:
-            model = carrier.normalised(tiny_model())
-            layers = carrier.layers(model)
-            made = protection.draft(model, layers, random_scores(layers, 0), 0.6, secret=b"s" * 32, model_id=b"m" * 16)
-            plans = [protection.LevelPlan(None, None, made.choice.units)]
-            options = {"model_id": b"m" * 16, "version": version, "mode": "levels", "name": "eye", "about": {}}
-            self.bundles[version] = protection.finish(made, plans, self.issuer, now_s=NOW + version, **options)
-            session = ort.InferenceSession(model.SerializeToString())
-            self.labels = session.run(None, {"x": self.inputs})[0].argmax(1)
-        return self.bundles[version]
-
-    def verdict(self, version, word="low leakage", *, model=None, expires=NOW + 10_000, risk=None):
-        digest = model or self.bundle(version).decoded.levels[0].digest
-        body = cbor.encode(
-            {"model": digest, "verdict": word, "policy": "argmax", "serial": 1, "issued": NOW, "expires": expires}
-        )
-        return cbor.encode([body, (risk or self.risk).sign("verdict", body)])
-
-    def delivery(self, version, *, limits=None, labels=None, verdict="good", issuer=None, files=None):
-        bundle = self.bundle(version)
-        content = {**bundle.files, "manifest.cbor": bundle.manifest, **(files or {})}
-        golden = (self.inputs, self.labels if labels is None else labels)
-        statement = self.verdict(version) if verdict == "good" else verdict
-        return pack(content, golden, limits or Limits(min_accuracy=0.9), issuer or self.issuer, verdict=statement)
-
-    def permission(self, version, device):
-        key = (version, device.public.x25519)
-        if key not in self.permissions:
-            bundle = self.bundle(version)
-            self.permissions[key] = manifest.grant(
-                bundle.decoded.binding, 1, bundle.key, device.public, self.issuer, now_s=NOW, expires_s=NOW + 10_000
-            )
-        return self.permissions[key]
-
-    def trust(self, **more):
-        return Trust([self.issuer.public.ed25519], [self.risk.public.ed25519], require_verdict=True, **more)
+from edgepriv.selective_encryption import carrier, levels
 
 
 @pytest.fixture(scope="module")
@@ -96,30 +25,10 @@ def maker():
     return Maker()
 
 
-def runner(restored):
-    session = restored.session(ort)
-    return lambda x: session.run(None, {"x": x})[0]
-
-
-def install(store, maker, tmp_path, raw, version, *, permission=None, rss=lambda: 1, clock=time.perf_counter):
-    path = tmp_path / "delivery"
-    path.write_bytes(raw)
-    permission = maker.permission(version, store.identity) if permission is None else permission
-    return store.install(path, permission, runner, clock=clock, rss=rss)
-
-
-def new_store(maker, folder, **trust):
-    return ModelStore(folder, Identity.new("device", "cam1"), maker.trust(**trust))
-
-
-def answers(store, maker):
-    return np.array_equal(runner(store.open())(maker.inputs).argmax(1), maker.labels)
-
-
 def test_a_good_model_is_installed_confirmed_and_replaced_and_the_last_good_one_stays(maker, tmp_path):
     store = new_store(maker, tmp_path / "s")
     measured = install(store, maker, tmp_path, maker.delivery(1), 1)
-    assert measured.accuracy == 1.0
+    assert (measured.quality, measured.unit) == (1.0, "")
     assert store.report()["trial"]
     store.confirm()
     install(store, maker, tmp_path, maker.delivery(2), 2)
@@ -157,7 +66,7 @@ def bad_deliveries(maker):
             {},
             "not signed by a risk service",
         ),
-        "verdict expired": (lambda: maker.delivery(2, verdict=maker.verdict(2, expires=NOW - 1)), {}, "expired"),
+        "verdict expired": (lambda: maker.delivery(2, verdict=maker.verdict(2, expires=-1)), {}, "expired"),
         "too slow": (lambda: maker.delivery(2, limits=slow), {}, "ms is over"),
         "too large": (lambda: maker.delivery(2, limits=Limits(max_rss_bytes=10)), {"rss": lambda: 11}, "memory"),
         "accuracy broken": (lambda: maker.delivery(2, labels=wrong), {}, "accuracy 0.000"),
@@ -236,15 +145,15 @@ def test_no_true_weight_lies_on_the_devices_disk(maker, tmp_path):
     store = new_store(maker, tmp_path / "s")
     install(store, maker, tmp_path, maker.delivery(1), 1)
     store.confirm()
-    rows = carrier.weight_rows(carrier.normalised(tiny_model()), carrier.layers(carrier.normalised(tiny_model()))[0])
-    masked = runner_rows(maker)
+    rows = carrier.weight_rows(maker.plain, carrier.layers(maker.plain)[0])
+    masked = carrier_rows(maker)
     hidden = [row.tobytes() for row, other in zip(rows, masked, strict=True) if (row != other).any()]
     disk = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert len(hidden) > 20
     assert not any(row in disk for row in hidden)
 
 
-def runner_rows(maker):
+def carrier_rows(maker):
     bundle = maker.bundle(1)
     model = carrier.from_files({"carrier.onnx": bundle.files["carrier.onnx"]})
     return carrier.weight_rows(model, carrier.layers(model)[0])

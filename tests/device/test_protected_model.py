@@ -1,41 +1,23 @@
 """The runtime takes a carrier and a permission: the true model runs, and never the decoys."""
 
+import json
 import time
 
 import numpy as np
 import onnxruntime as ort
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from click.testing import CliRunner
+from model_site import Maker
 
+from edgepriv.cli import root
 from edgepriv.device import protected
 from edgepriv.device.config import load_config
 from edgepriv.device.infer import Inferer
 from edgepriv.errors import DataError, TrustError
 from edgepriv.keys import Identity, load_public
-from edgepriv.selective_encryption import carrier, manifest, protection
-from edgepriv.selective_encryption.select.scores import random_scores
-from edgepriv.wire.trust import TrustList
+from edgepriv.wire.trust import TrustList, sign_trust
 
 NOW = int(time.time())
-
-
-def model():
-    rng = np.random.default_rng(0)
-    tensors = [
-        numpy_helper.from_array(rng.normal(size=(32, 3, 3, 3)).astype(np.float32), "w"),
-        numpy_helper.from_array(rng.normal(size=(32, 5)).astype(np.float32), "m"),
-    ]
-    nodes = [
-        helper.make_node("Conv", ["x", "w"], ["c"], pads=[1] * 4),
-        helper.make_node("Relu", ["c"], ["r"]),
-        helper.make_node("ReduceMean", ["r"], ["p"], axes=[2, 3], keepdims=0),
-        helper.make_node("MatMul", ["p", "m"], ["y"]),
-    ]
-    info = helper.make_tensor_value_info
-    graph = helper.make_graph(
-        nodes, "g", [info("x", TensorProto.FLOAT, [1, 3, 8, 8])], [info("y", TensorProto.FLOAT, [1, 5])], tensors
-    )
-    return carrier.normalised(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9))
 
 
 @pytest.fixture(params=[False, True], ids=["one file", "external weights"])
@@ -43,36 +25,14 @@ def site(tmp_path, request):
     owner, device = Identity.new("owner", "root"), Identity.new("device", "cam1")
     owner.save(tmp_path / "owner.key")
     device.save(tmp_path / "cam1.key")
-    plain = model()
-    layers = carrier.layers(plain)
-    made = protection.draft(
-        plain, layers, random_scores(layers, 0), 0.5, secret=b"s" * 32, model_id=b"m" * 16, external=request.param
-    )
-    bundle = protection.finish(
-        made,
-        [protection.LevelPlan(None, None, made.choice.units)],
-        owner,
-        model_id=b"m" * 16,
-        version=1,
-        mode="levels",
-        name="eye",
-        now_s=NOW,
-        about={},
-    )
-    folder = tmp_path / "eye"
-    folder.mkdir()
-    for name, content in {**bundle.files, "manifest.cbor": bundle.manifest}.items():
-        (folder / name).write_bytes(content)
-    (folder / "model.toml").write_text('id = "eye"\nwidth = 8\nheight = 8\nlabels = ["a", "b", "c", "d", "e"]\n')
-    permission = manifest.grant(
-        bundle.decoded.binding, 1, bundle.key, device.public, owner, now_s=NOW, expires_s=NOW + 1000
-    )
-    (tmp_path / "permission").write_bytes(permission)
-    return tmp_path, owner, device, plain
+    maker = Maker(owner, now=NOW, external=request.param)
+    maker.write(tmp_path / "eye")
+    (tmp_path / "permission").write_bytes(maker.permission(1, device, lasts=1000))
+    return tmp_path, owner, device, maker.plain
 
 
-def open_inferer(site, *, permission=True, policy=None, now=NOW):
-    folder, _, device, _ = site
+def write_config(site, *, permission=True):
+    folder = site[0]
     line = f'permission = "{folder / "permission"}"' if permission else ""
     (folder / "device.toml").write_text(
         f"""
@@ -91,8 +51,14 @@ path = "{folder / "eye" / "carrier.onnx"}"
 kind = "directory"
 """
     )
+    return folder / "device.toml"
+
+
+def open_inferer(site, *, permission=True, policy=None, now=NOW):
+    folder, _, device, _ = site
+    config = write_config(site, permission=permission)
     listed = TrustList(1, NOW, NOW + 100, (load_public(folder / "cam1.key.pub"),), policy=policy or {})
-    return protected.open_inferer(load_config(folder / "device.toml"), device, listed, lambda: now)
+    return protected.open_inferer(load_config(config), device, listed, now)
 
 
 def test_the_true_model_runs(site):
@@ -124,3 +90,22 @@ def test_an_altered_carrier_is_refused(site):
     path.write_bytes(bytes(content))
     with pytest.raises(Exception, match=r"signed|ONNX"):
         open_inferer(site)
+
+
+def test_the_doctor_and_the_bench_open_the_protected_model_and_write_nothing_in_clear(site):
+    folder, owner, device, _ = site
+    (folder / "trust.cbor").write_bytes(sign_trust(TrustList(1, NOW - 5, NOW + 10_000, (device.public,)), owner))
+    config = str(write_config(site))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    looked = CliRunner().invoke(root, ["doctor", "--config", config, "--no-network", "--no-camera", "--json"])
+    (model,) = [f for f in json.loads(looked.stdout)["findings"] if f["name"] == "model"]
+    assert (model["state"], "eye, level 1 in memory" in model["text"]) == ("warning", True)
+    assert "expires in 0.0 days" in model["text"]
+    measured = CliRunner().invoke(root, ["device", "bench", "--config", config, "--frames", "8", "--json"])
+    assert measured.exit_code == 0, measured.output
+    assert json.loads(measured.stdout)["ratio_local"] > 0
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    (folder / "permission").unlink()
+    looked = CliRunner().invoke(root, ["doctor", "--config", config, "--no-network", "--no-camera", "--json"])
+    (model,) = [f for f in json.loads(looked.stdout)["findings"] if f["name"] == "model"]
+    assert (model["state"], "no such permission" in model["text"]) == ("failed", True)

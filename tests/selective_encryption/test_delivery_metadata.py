@@ -1,4 +1,4 @@
-"""Delivery metadata: the owner's root, no rollback, no mix, no forgery; a cut copy goes on."""
+"""Delivery metadata: the owner's root, no rollback, no mix, no forgery."""
 
 import datetime as dt
 import shutil
@@ -17,10 +17,16 @@ def owner():
     return Identity.new("owner", "root")
 
 
+def publish(repository, content, owner, seeds, *, now=NOW, custom=None):
+    source = seeds.with_name("new.delivery")
+    source.write_bytes(content)
+    delivery.publish(repository, source, "eye.delivery", owner, seeds, now=now, custom=custom or {})
+
+
 @pytest.fixture
 def repository(owner, tmp_path):
     place = tmp_path / "repo"
-    delivery.publish(place, b"one" * 100, "eye.delivery", owner, tmp_path / "tuf.json", now=NOW, custom={"version": 1})
+    publish(place, b"one" * 100, owner, tmp_path / "tuf.json", custom={"version": 1})
     return place
 
 
@@ -32,14 +38,14 @@ def test_a_published_model_is_pulled_and_an_update_follows(repository, owner, tm
     path, custom = pull(repository, owner, tmp_path)
     assert path.read_bytes() == b"one" * 100
     assert custom == {"version": 1}
-    delivery.publish(repository, b"two", "eye.delivery", owner, tmp_path / "tuf.json", now=NOW, custom={"version": 2})
+    publish(repository, b"two", owner, tmp_path / "tuf.json", custom={"version": 2})
     assert pull(repository, owner, tmp_path)[0].read_bytes() == b"two"
 
 
 def test_a_repository_that_goes_back_is_refused(repository, owner, tmp_path):
     old = tmp_path / "old"
     shutil.copytree(repository, old)
-    delivery.publish(repository, b"two", "eye.delivery", owner, tmp_path / "tuf.json", now=NOW, custom={})
+    publish(repository, b"two", owner, tmp_path / "tuf.json")
     pull(repository, owner, tmp_path)
     with pytest.raises(TrustError, match="refused"):
         pull(old, owner, tmp_path)
@@ -54,7 +60,7 @@ def test_another_owner_a_changed_target_and_expired_metadata_are_refused(reposit
         pull(repository, owner, tmp_path)
     past = NOW - dt.timedelta(days=400)
     stale = tmp_path / "stale"
-    delivery.publish(stale, b"x", "eye.delivery", owner, tmp_path / "tuf2.json", now=past, custom={})
+    publish(stale, b"x", owner, tmp_path / "tuf2.json", now=past)
     with pytest.raises(TrustError, match="refused"):
         delivery.pull(stale, "eye.delivery", owner.public.ed25519, tmp_path / "other")
 
@@ -66,9 +72,13 @@ def test_missing_things_are_clear_errors(repository, owner, tmp_path):
         delivery.pull(tmp_path / "void", "x", owner.public.ed25519, tmp_path / "device")
 
 
-def test_a_cut_copy_goes_on_where_it_stopped(tmp_path):
-    source, target = tmp_path / "a", tmp_path / "b"
-    source.write_bytes(bytes(range(256)) * 10)
-    target.write_bytes(source.read_bytes()[:700])
-    assert delivery.copy_growing(source, target) == 2560 - 700
-    assert target.read_bytes() == source.read_bytes()
+def test_what_is_shipped_is_enough_for_a_device(repository, owner, tmp_path):
+    publish(repository, b"two", owner, tmp_path / "tuf.json", custom={"version": 2})
+    copy = tmp_path / "copy"
+    for name, source in delivery.shipped_files(repository, "eye.delivery").items():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, copy / name)
+    assert len(list((copy / "targets").iterdir())) == 1
+    assert pull(copy, owner, tmp_path)[0].read_bytes() == b"two"
+    with pytest.raises(MissingFileError, match="offers no"):
+        delivery.shipped_files(repository, "none.delivery")

@@ -222,6 +222,6 @@ def test_a_model_is_published_pulled_tested_switched_and_reported(protected, sit
         command(*pull)
     assert "no permission" in command("model", "status", *config)
     report = command(*pull, "--permission", permit(protected, site), "--confirm", "--json")
-    assert report["accuracy"] >= 0.8
+    assert report["quality"] >= 0.8
     assert not report["trial"]
     assert command("model", "status", *config, "--json")["version"] == 1

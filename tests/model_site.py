@@ -1,0 +1,170 @@
+"""Protected models for tests: an owner, a judge, versions of one tiny classifier, their deliveries and shipments."""
+
+from __future__ import annotations
+
+import datetime as dt
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnxruntime as ort
+from onnx import TensorProto, helper, numpy_helper
+
+from edgepriv.device.models import ModelStore, Trust
+from edgepriv.device.packing import Golden, Limits, pack
+from edgepriv.device.shipments import permission_name
+from edgepriv.keys import Identity
+from edgepriv.selective_encryption import carrier, manifest, protection
+from edgepriv.selective_encryption import delivery as metadata
+from edgepriv.selective_encryption.select.scores import random_scores
+from edgepriv.wire import cbor, delivery
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+NOW = 1_900_000_000
+LASTS_S = 10_000
+MODEL_ID = b"m" * 16
+TOML = 'id = "eye"\nwidth = 8\nheight = 8\nlabels = ["a", "b", "c", "d", "e"]\n'
+
+
+def tiny_model(batch="n"):
+    """Convolution, ReLU, mean, MatMul: 3 x 8 x 8 in, 5 logits out."""
+    rng = np.random.default_rng(0)
+    tensors = [
+        numpy_helper.from_array(rng.normal(size=(32, 3, 3, 3)).astype(np.float32), "w"),
+        numpy_helper.from_array(rng.normal(size=(32, 5)).astype(np.float32), "m"),
+    ]
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"], pads=[1] * 4),
+        helper.make_node("Relu", ["c"], ["r"]),
+        helper.make_node("ReduceMean", ["r"], ["p"], axes=[2, 3], keepdims=0),
+        helper.make_node("MatMul", ["p", "m"], ["y"]),
+    ]
+    info = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [info("x", TensorProto.FLOAT, [batch, 3, 8, 8])],
+        [info("y", TensorProto.FLOAT, [batch, 5])],
+        tensors,
+    )
+    return carrier.normalised(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9))
+
+
+class Maker:
+    """The owner's side: versions of one model, permissions, verdicts, deliveries."""
+
+    def __init__(self, issuer=None, risk=None, *, now=NOW, external=False):
+        self.issuer = issuer or Identity.new("owner", "maker")
+        self.risk = risk or Identity.new("risk", "judge")
+        self.now, self.external, self.plain = now, external, tiny_model()
+        self.inputs = np.random.default_rng(1).normal(size=(6, 3, 8, 8)).astype(np.float32)
+        session = ort.InferenceSession(self.plain.SerializeToString())
+        self.labels = session.run(None, {"x": self.inputs})[0].argmax(1)
+        self.bundles, self.permissions = {}, {}
+
+    def bundle(self, version=1):
+        """One version of the protected model; made once."""
+        if version not in self.bundles:
+            layers = carrier.layers(self.plain)
+            made = protection.draft(
+                self.plain, layers, random_scores(layers, 0), 0.6, secret=b"s" * 32, model_id=MODEL_ID,
+                external=self.external,
+            )  # fmt: skip
+            plans = [protection.LevelPlan(None, None, made.choice.units)]
+            options = {"model_id": MODEL_ID, "version": version, "mode": "levels", "name": "eye", "about": {}}
+            self.bundles[version] = protection.finish(made, plans, self.issuer, now_s=self.now + version, **options)
+        return self.bundles[version]
+
+    def files(self, version=1):
+        """The bundle's folder, with the model's description."""
+        bundle = self.bundle(version)
+        return {"manifest.cbor": bundle.manifest, "model.toml": TOML.encode(), **bundle.files}
+
+    def write(self, folder: Path, version=1):
+        """Write the bundle's folder."""
+        folder.mkdir()
+        for name, content in self.files(version).items():
+            (folder / name).write_bytes(content)
+
+    def verdict(self, version=1, word="low leakage", *, model=None, expires=LASTS_S, risk=None):
+        """A signed verdict on the bytes that will run (or on others)."""
+        digest = model or self.bundle(version).decoded.levels[0].digest
+        body = cbor.encode(
+            {
+                "model": digest, "verdict": word, "policy": "argmax", "serial": 1, "issued": self.now,
+                "expires": self.now + expires,
+            }
+        )  # fmt: skip
+        return cbor.encode([body, (risk or self.risk).sign("verdict", body)])
+
+    def delivery(self, version, *, limits=None, labels=None, verdict="good", issuer=None, toml=TOML):
+        """A delivery's bytes."""
+        golden = Golden(self.inputs, self.labels if labels is None else labels)
+        statement = self.verdict(version) if verdict == "good" else verdict
+        files = {**self.files(version), "model.toml": toml.encode()}
+        verdicts = {} if statement is None else {"verdict.cbor": statement}
+        return pack(files, golden, limits or Limits(min_accuracy=0.9), issuer or self.issuer, verdicts=verdicts)
+
+    def permission(self, version, device, *, lasts=LASTS_S):
+        """A permission for a device's keys."""
+        key = (version, device.public.x25519, lasts)
+        if key not in self.permissions:
+            bundle = self.bundle(version)
+            self.permissions[key] = manifest.grant(
+                bundle.decoded.binding, 1, bundle.key, device.public, self.issuer,
+                now_s=self.now, expires_s=self.now + lasts,
+            )  # fmt: skip
+        return self.permissions[key]
+
+    def trust(self, **more):
+        """What a device of this owner believes."""
+        return Trust([self.issuer.public.ed25519], [self.risk.public.ed25519], require_verdict=True, **more)
+
+
+def runner(restored):
+    """See `edgepriv.device.protected.runner`."""
+    session = restored.session(ort)
+    return lambda x: session.run(None, {"x": x})[0]
+
+
+def install(store, maker, folder, raw, version, *, permission=None, rss=lambda: 1, clock=time.perf_counter):
+    """Install a delivery in a store."""
+    path = folder / "delivery"
+    path.write_bytes(raw)
+    permission = maker.permission(version, store.identity) if permission is None else permission
+    return store.install(path, permission, runner, clock=clock, rss=rss)
+
+
+def new_store(maker, folder, **trust):
+    """A store of a new device."""
+    return ModelStore(folder, Identity.new("device", "cam1"), maker.trust(**trust))
+
+
+def answers(store, maker):
+    """Whether what runs gives the plain model's answers."""
+    return np.array_equal(runner(store.open())(maker.inputs).argmax(1), maker.labels)
+
+
+class Repository:
+    """The owner's delivery repository; `ship` makes what a gateway hands to devices."""
+
+    def __init__(self, maker, folder: Path):
+        self.maker, self.folder = maker, folder
+
+    def ship(self, version, *devices, **options):
+        """Publish a version and write its shipment with permissions for devices; returns the file."""
+        source = self.folder / "new.delivery"
+        self.folder.mkdir(exist_ok=True)
+        source.write_bytes(self.maker.delivery(version, **options))
+        metadata.publish(
+            self.folder / "repository", source, "eye.delivery", self.maker.issuer, self.folder / "tuf.json",
+            now=dt.datetime.now(dt.timezone.utc), custom={"version": version},
+        )  # fmt: skip
+        files = {permission_name(d.public.x25519): self.maker.permission(version, d) for d in devices}
+        path = self.folder / f"eye-{len(list(self.folder.iterdir()))}.shipment"
+        with path.open("wb") as stream:
+            shipped = metadata.shipped_files(self.folder / "repository", "eye.delivery")
+            delivery.write(stream, delivery.SHIPMENT, {**files, **shipped})
+        return path
