@@ -11,6 +11,7 @@ other gateways bring: `gateway.parted`, carried out by `gateway.cohorts`.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import random
 import shutil
 from typing import TYPE_CHECKING, Any
@@ -108,6 +109,38 @@ class Conductor:
         """Start a round whose parts are other gateways' partial sums; errors as `open_round`."""
         self._check_new(plan)
         return self._open_parted(plan, dict.fromkeys(shard_names, ()), now, remote=True)
+
+    def take_shard(self, number: int, shard: str, path: Path, now: float) -> list[Outgoing]:
+        """Add a shard's partial sum to its round; done already is well.
+
+        Raises:
+            WireError: no such round runs, or the file is not a partial sum of it.
+            DataError: a device would count twice.
+        """
+        self.shard_objection(number, shard)
+        parent = self.rounds[number]
+        if not isinstance(parent, PartedRound) or parent.parts[shard].state == "done":
+            return []
+        return self._flushed(self.parts.take_shard(parent, shard, path, now))
+
+    def shard_objection(self, number: int, shard: str) -> None:
+        """WireError where a shard's partial sum is not wanted."""
+        parent = self.rounds.get(number)
+        if not isinstance(parent, PartedRound) or not parent.remote:
+            raise WireError(f"late: round {number} is not running")
+        if parent.parts.get(shard) and parent.parts[shard].state == "done":
+            return
+        if reason := parent.objection(shard):
+            raise WireError(reason)
+
+    def prune_models(self, keep: set[bytes]) -> None:
+        """Delete weights that nothing needs: not in ``keep``, not of a running round nor of the last few records."""
+        for current in [*self.rounds.values(), *self.store.records()[-self.keep_models :]]:
+            named = current if isinstance(current, dict) else dataclasses.asdict(current.plan)
+            keep = keep | {bytes(named[k]) for k in ("base", "before", "after", "reference") if named.get(k)}
+        for path in self.models.iterdir():
+            if len(path.name) == 64 and bytes.fromhex(path.name) not in keep:
+                path.unlink(missing_ok=True)
 
     def _open_parted(
         self, plan: RoundPlan, parts: Mapping[str, Sequence[str]], now: float, *, remote: bool

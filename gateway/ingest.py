@@ -27,7 +27,7 @@ from edgepriv.wire.output import Output, check_output
 from gateway.outputs import Windows
 from gateway.sessions import Session, UnknownEpochError
 from gateway.store import CONFLICT, DUPLICATE, STORED, StoreLimitError
-from gateway.transfers import FRAME, UPDATE, Transfer
+from gateway.transfers import FRAME, PARTIAL, UPDATE, Transfer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -176,7 +176,8 @@ class Ingest:
             return "answered", ""
         if isinstance(body, Fetch):
             return self._fetch(session, role, body, now)
-        if role != "device":
+        partial = isinstance(body, Offer) and body.what == PARTIAL
+        if role != ("gateway" if partial else "device") and not (role == "gateway" and isinstance(body, Chunk)):
             raise WireError(f"a {role} does not send this kind of message")
         match body:
             case Output():
@@ -243,7 +244,7 @@ class Ingest:
             self._reply(session.party, Ack(offer.digest, DUPLICATE, ""))
             return DUPLICATE, ""
         try:
-            if offer.what == UPDATE and self.rounds:
+            if offer.what in {UPDATE, PARTIAL} and self.rounds:
                 self.rounds.offered(session.party, offer, now)
             else:
                 self._transfers.offer(session.party, offer, now)

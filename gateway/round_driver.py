@@ -12,29 +12,34 @@ import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgepriv.errors import ConfigError, DataError, RefusedError
+from edgepriv.errors import ConfigError, DataError, RefusedError, WireError
 from edgepriv.primitives import random_bytes
 from edgepriv.wire import cbor
+from edgepriv.wire.messages import Ack
+from edgepriv.wire.rounds import RoundResult, step_message
 from edgepriv.wire.update import decode_update
 from gateway.conductor import Conductor
+from gateway.root import Root, shard_names
 from gateway.round_plan import RoundPlan
 from gateway.round_ports import DropUpload, OpenUpload, Tell
 from gateway.sampling import choose_devices
 from gateway.store import unpack
+from gateway.transfers import PARTIAL, Transfer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from edgepriv.wire.messages import Offer, RoundMessage
+    from gateway.parted import PartedRound
     from gateway.roster import Roster
     from gateway.round_ports import Outgoing
     from gateway.round_record import RoundRecord
     from gateway.store import Store
-    from gateway.transfers import Transfer, Transfers
+    from gateway.transfers import Transfers
 
 HEAD = "rounds_head"
-DRIVER_KEYS = {"auto", "pause_s", "min_devices", "active_s", "model", "weights"}
-FIXED_BY_DRIVER = {"round", "base", "base_bytes", "tensors", "seed", "population"}
+DRIVER_KEYS = {"auto", "pause_s", "min_devices", "active_s", "model", "weights", "shards", "root", "root_shard"}
+FIXED_BY_DRIVER = {"round", "base", "base_bytes", "tensors", "seed", "population", "part"}
 MAX_WEIGHTS_BYTES = 1 << 30
 
 
@@ -80,6 +85,22 @@ class RoundTable:
             )
             self._store.database.execute("DELETE FROM round_parts WHERE number = ?", (record.round,))
 
+    def record(self, number: int) -> dict[str, Any]:
+        """The record of an ended round; empty where there is none."""
+        rows = self._store.database.query("SELECT record FROM rounds WHERE snapshot IS NULL AND number = ?", (number,))
+        return dict(unpack(rows[0][0])) if rows else {}
+
+    def newest(self) -> dict[str, Any]:
+        """The record of the last round that succeeded; empty where none has."""
+        rows = self._store.database.query(
+            "SELECT record FROM rounds WHERE snapshot IS NULL AND state = 'done' ORDER BY number DESC LIMIT 1"
+        )
+        return dict(unpack(rows[0][0])) if rows else {}
+
+    def ended(self) -> int:
+        """How many rounds have ended."""
+        return int(self._store.database.query("SELECT count(*) FROM rounds WHERE snapshot IS NULL")[0][0])
+
     def records(self) -> list[dict[str, Any]]:
         """Records of ended rounds, oldest first."""
         rows = self._store.database.query("SELECT record FROM rounds WHERE snapshot IS NULL ORDER BY number")
@@ -104,10 +125,13 @@ class RoundDriver:
     ) -> None:
         self._store, self._roster, self._transfers, self._put, self._clock = store, roster, transfers, put, clock
         self.settings = check_settings(settings)
+        self._pruned = -1
+        shard_names(self.settings)
         self.table = RoundTable(store, clock)
         self._offers: dict[tuple[str, bytes], Offer] = {}
         self._progressed: dict[tuple[str, bytes], float] = {}
         self._next_auto = 0.0
+        self.root = Root(self)
         self.conductor = self._restore()
         if not self.head() and settings.get("weights"):
             self.set_weights(Path(str(settings["weights"])), str(settings.get("model", "model")))
@@ -137,6 +161,10 @@ class RoundDriver:
     def offered(self, party: str, offer: Offer, now: float) -> None:
         """See RoundsPort."""
         self._transfers.check(offer)
+        if offer.what == PARTIAL:
+            self.conductor.shard_objection(offer.round, party)
+            self._transfers.offer(party, offer, now)
+            return
         self._offers[party, offer.digest] = offer
         self._carry_out(self.conductor.on_offer(party, offer, now))
 
@@ -148,6 +176,9 @@ class RoundDriver:
 
     def uploaded(self, transfer: Transfer, path: Path, now: float) -> None:
         """See RoundsPort."""
+        if transfer.what == PARTIAL:
+            self._take_partial(transfer, path, now)
+            return
         self._store.database.execute(
             "INSERT INTO uploads (round, party, digest, path, size, meta, state, received)"
             " VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
@@ -159,6 +190,16 @@ class RoundDriver:
         )  # fmt: skip
         self._transfers.detach(transfer)
         self._carry_out(self.conductor.on_complete(transfer.party, transfer.digest, path, now))
+
+    def _take_partial(self, transfer: Transfer, path: Path, now: float) -> None:
+        """A shard's partial sum is staged: it is in the round's durable sum, or refused, before it is acknowledged."""
+        outcome, reason = "stored", ""
+        try:
+            self._carry_out(self.conductor.take_shard(transfer.round, transfer.party, path, now))
+        except (WireError, DataError) as error:
+            outcome, reason = "rejected", str(error)[:400]
+        self._transfers.drop(transfer)
+        self._put(transfer.party, Ack(transfer.digest, outcome, reason))
 
     def stepped(self, party: str, message: RoundMessage, now: float) -> None:
         """See RoundsPort."""
@@ -174,14 +215,22 @@ class RoundDriver:
             return
         with self._store.batch():
             self._carry_out(self.conductor.tick(now))
+            self._prune()
             if self.settings.get("auto") and now >= self._next_auto and not self.running:
                 self._next_auto = now + float(self.settings.get("pause_s", 10.0))
                 self._open_automatically(now)
 
     def _open_automatically(self, now: float) -> None:
-        devices = self.active_devices(now)
-        if len(devices) >= int(self.settings.get("min_devices", 1)) and self.head():
+        enough = self.root.shards or len(self.active_devices(now)) >= int(self.settings.get("min_devices", 1))
+        if enough and self.head() and not self.settings.get("root"):
             self.start({}, now)
+
+    def _prune(self) -> None:
+        """Weights of rounds long past are deleted, so that the disk does not grow with the number of rounds."""
+        ended = self._pruned if self.running else self.table.ended()
+        if ended != self._pruned:
+            self._pruned = ended
+            self.conductor.prune_models({self.newest_head()["digest"]} if self.head() else set())
 
     @property
     def running(self) -> list[int]:
@@ -201,7 +250,7 @@ class RoundDriver:
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}") from None
         decode_update(raw, max_bytes=MAX_WEIGHTS_BYTES)
-        last = int(self._store.database.query("SELECT coalesce(max(number), 0) FROM rounds")[0][0])
+        last = self.last_number()
         head = {"digest": self.conductor.add_model(raw), "size": len(raw), "model": model, "round": last}
         self._store.set_meta(HEAD, head)
         return head
@@ -220,8 +269,9 @@ class RoundDriver:
             RefusedError: there are no weights or no devices, or a round is running.
             ConfigError: a setting does not fit.
         """
-        self._adopt_result()
-        head = self.head()
+        head = self.newest_head()
+        if self.settings.get("root"):
+            raise RefusedError(f"this gateway is a shard of {self.settings['root']}", hint="start rounds there")
         if not head:
             raise RefusedError(
                 "there are no global weights yet", hint="edgepriv-gateway rounds weights FILE --model ID"
@@ -229,6 +279,8 @@ class RoundDriver:
         if self.running:
             raise RefusedError(f"round {self.running[0]} is running", hint="wait for it, or stop it: rounds stop")
         settings = {**self.settings, **check_settings(changes)}
+        if names := self.root.shards:
+            return self._start_sharded(settings, head, names, now)
         devices = list(changes.get("devices", ())) or self.active_devices(now)
         if not devices:
             raise RefusedError("no device has been heard lately", hint="edgepriv-gateway status")
@@ -239,6 +291,14 @@ class RoundDriver:
             self._carry_out(self.conductor.open_round(plan, devices, now))
         return plan.round
 
+    def _start_sharded(self, settings: dict[str, Any], head: dict[str, Any], names: tuple[str, ...], now: float) -> int:
+        plan = self._plan(settings, head, 0)
+        if plan.rule != "mean" or plan.late != "drop":
+            raise ConfigError("rounds over shards are plain sums of this round", hint='rule = "mean", late = "drop"')
+        with self._store.batch():
+            self._carry_out(self.conductor.open_sharded(plan, names, now))
+        return plan.round
+
     def _plan(self, settings: dict[str, Any], head: dict[str, Any], population: int) -> RoundPlan:
         tensors = decode_update(
             self.conductor.model_path(head["digest"]).read_bytes(), max_bytes=MAX_WEIGHTS_BYTES
@@ -247,9 +307,8 @@ class RoundDriver:
         chosen = {k: v for k, v in settings.items() if k not in DRIVER_KEYS}
         if chosen.get("adaptive_clip") and head.get("clip"):
             chosen["clip"] = head["clip"]  # where the rounds on these weights have brought it
-        last = self._store.database.query("SELECT coalesce(max(number), 0) FROM rounds")[0][0]
         return RoundPlan(
-            round=int(last) + 1,
+            round=max(self.last_number(), self.root.highest) + 1,
             model=head["model"],
             base=head["digest"],
             base_bytes=head["size"],
@@ -266,13 +325,77 @@ class RoundDriver:
 
     def _adopt_result(self) -> None:
         """The weights of the last round that succeeded are the base of the next."""
-        done = [r for r in self.table.records() if r.get("outcome") == "done" and r.get("publish") != "partial"]
-        head = self.head()
-        if done and head and done[-1]["round"] > head.get("round", 0):
-            newest = done[-1]
+        newest, head = self.table.newest(), self.head()
+        if newest and head and newest["publish"] != "partial" and newest["round"] > head.get("round", 0):
             head = {**head, "digest": newest["after"], "size": newest["after_bytes"], "round": newest["round"]}
             head["clip"] = newest.get("clip_after") or head.get("clip", 0.0)
             self._store.set_meta(HEAD, head)
+
+    def newest_head(self) -> dict[str, Any]:
+        """`head`, after the last round that succeeded."""
+        self._adopt_result()
+        return self.head()
+
+    def last_number(self) -> int:
+        """The highest number of a round here."""
+        return int(self._store.database.query("SELECT coalesce(max(number), 0) FROM rounds")[0][0])
+
+    # --- as a shard of a root (`gateway.uplink`) ----------------------------------------------------------
+
+    def latest_part(self) -> tuple[int, str, str]:
+        """Number of the latest part, ``running``, ``done`` or ``out``, and why; zero and ``new`` before the first."""
+        rows = self._store.database.query("SELECT number, state, record FROM rounds ORDER BY number DESC LIMIT 1")
+        if not rows:
+            return 0, "new", ""
+        number, state, record = rows[0]
+        if state == "done":
+            return number, "done", ""
+        return (number, "out", str(unpack(record).get("reason", ""))) if state == "aborted" else (number, "running", "")
+
+    def partial(self) -> tuple[int, bytes, Path, int] | None:
+        """Number, digest, file and size of the latest part's partial sum, where there is one."""
+        number, state, _ = self.latest_part()
+        if state != "done":
+            return None
+        record = self.table.record(number)
+        path = self.conductor.model_path(bytes(record["after"]))
+        if record["round"] != number or record["publish"] != "partial" or not path.exists():
+            return None
+        return number, bytes(record["after"]), path, int(record["after_bytes"])
+
+    def open_part(self, plan: RoundPlan, devices: list[str], now: float) -> None:
+        """Run this shard's part of the root's round (errors as `start`)."""
+        chosen = choose_devices(devices, plan.participation, plan.sample_share)
+        if not chosen:
+            raise RefusedError("no device of this shard has been heard lately")
+        with self._store.batch():
+            self._carry_out(self.conductor.open_round(plan, chosen, now))
+
+    def leave_part(self, running_at_root: int, now: float) -> None:
+        """Stop a part whose round the root no longer runs."""
+        for number in self.running:
+            if number != running_at_root:
+                self.stop(number, "the root has ended the round", now)
+
+    def adopt(self, head: dict[str, Any]) -> None:
+        """The root's weights are here: they are the base of the next round, and the devices of the last are told."""
+        kept = {k: head[k] for k in ("digest", "size", "model", "round")}
+        with self._store.batch():
+            self._store.set_meta(HEAD, kept)
+            record = self.table.record(kept["round"])
+            if record.get("outcome") != "done":
+                return
+            told = RoundResult(
+                "done", "", kept["digest"], kept["size"], int(head.get("participants", 0)), record["privacy"],
+                float(head.get("epsilon", 0.0)), float(head.get("delta", 0.0)),
+            )  # fmt: skip
+            for device in {name.split("~", 1)[0] for name in record["participants"]}:
+                self._put(device, step_message(kept["round"], "result", told))
+
+    def carry_out_parts(self, parent: PartedRound, now: float) -> None:
+        """What follows after a part has ended."""
+        self._carry_out(self.conductor.parts.carry_out(parent, parent.advance(), now))
+        self.conductor.flush()
 
     def weights(self, ref: bytes) -> tuple[Path, int] | None:
         """Global weights by the beginning of their digest."""

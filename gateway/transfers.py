@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 STALLED_S = 30.0
 MIN_CHUNK_BYTES = 256
-FRAME, UPDATE = "frame", "update"
+FRAME, UPDATE, PARTIAL = "frame", "update", "partial"
 _COLUMNS = "party, ref, what, size, chunk_bytes, digest, round, expires, meta, have, path"
 
 Key = tuple[str, bytes]
@@ -142,6 +142,7 @@ class Transfers:
     def check(self, offer: Offer) -> None:
         """Refuse an offer that is malformed or over a limit (WireError)."""
         limits = {FRAME: self._limits.max_frame_bytes, UPDATE: self._limits.max_update_bytes}
+        limits[PARTIAL] = 2 * self._limits.max_update_bytes  # sums have 64 bits where updates have 32
         if offer.what not in limits:
             raise WireError("an offer of something unknown")
         if len(offer.digest) != 32 or offer.ref != offer.digest[:REF_BYTES]:

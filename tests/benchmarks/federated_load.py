@@ -43,13 +43,15 @@ def delta_of(index: int, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.nda
 class LoadDevice:
     """One device on a shared connection."""
 
-    def __init__(self, index, name, site, trust, link, folder, min_cohort):
+    def __init__(self, index, name, site, trust, link, folder, min_cohort, gateway="gateway-site", shard=0):
         self.index, self.name, self.link, self.folder = index, name, link, folder
         self.identity = keys.load_identity(site / "keys" / f"{name}.key")
         policy = RoundPolicy(trainable=("*",), min_cohort=min_cohort)
         self.participant = Participant(self.identity, trust, policy, self._train)
-        self.signed, self.session = open_session(self.identity, trust, "gateway-site", seq=1, now=time.time())
-        self.topic, self.known, self.announced = topics.up(name, 0, "msg"), False, -99.0
+        self.signed, self.session = open_session(self.identity, trust, gateway, seq=1, now=time.time())
+        self.shard = shard
+        self.topic, self.known, self.announced = topics.up(name, shard, "msg"), False, -99.0
+        self.stays = False
         self.out, self.download, self.fetching, self.upload, self.result = [], None, None, None, None
         link.subscribe(topics.down(name))
 
@@ -103,15 +105,17 @@ class LoadDevice:
                         "meta": meta, "expires": expires, "granted": [], "offered": -99.0,
                         "chunk": chunk_bytes_for(self.link.max_packet_bytes),
                     }  # fmt: skip
-                case EndRound(_, reason, adopt):
-                    self.result = {"reason": reason, "adopt": adopt.hex()}
+                case EndRound(number, reason, adopt):
+                    self.result = {"device": self.name, "round": number, "reason": reason, "adopt": adopt.hex()}
+                    if self.stays:
+                        print(json.dumps(self.result), flush=True)
 
     # --- up -----------------------------------------------------------------------------------------------
 
     def step(self, now):
         """Send what may be sent; True when something was."""
         if not self.known:
-            if now - self.announced > 5 and self.link.send(topics.up(self.name, 0, "epoch"), self.signed.raw):
+            if now - self.announced > 5 and self.link.send(topics.up(self.name, self.shard, "epoch"), self.signed.raw):
                 self.announced = now
             return False
         before = len(self.out)
@@ -166,6 +170,11 @@ def main():
     for name in ("site", "folder", "broker", "names"):
         parser.add_argument(name)
     parser.add_argument("--min-cohort", type=int, default=2)
+    parser.add_argument("--gateway", default="gateway-site")
+    parser.add_argument("--shard", type=int, default=0)
+    parser.add_argument(
+        "--stay", action="store_true", help="stay for more rounds, until killed; a line for each result"
+    )
     args = parser.parse_args()
     site, folder, names = Path(args.site), Path(args.folder), args.names.split(",")
     folder.mkdir(parents=True, exist_ok=True)
@@ -174,12 +183,24 @@ def main():
     count = min(16, len(names))
     links = [open_link(args.broker, f"{names[0]}-{i}", inflight=64, inbox=4000) for i in range(count)]
     devices = {
-        n: LoadDevice(int(n.removeprefix("dev-")), n, site, trust, links[i % count], folder, args.min_cohort)
+        n: LoadDevice(
+            int(n.removeprefix("dev-")),
+            n,
+            site,
+            trust,
+            links[i % count],
+            folder,
+            args.min_cohort,
+            args.gateway,
+            args.shard,
+        )
         for i, n in enumerate(names)
     }
     for link in links:
         link.wait(30)
-    while not all(d.result for d in devices.values()):
+    for device in devices.values():
+        device.stays = args.stay
+    while args.stay or not all(d.result for d in devices.values()):
         now, worked = time.time(), False
         for link in links:
             for packet in link.receive(256):
