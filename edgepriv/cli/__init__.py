@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "frames": ("edgepriv.cli.frames:frames", "List, fetch and open sealed frames as a recipient."),
     "federated": ("edgepriv.cli.federated:federated", "Device-side tools for federated rounds."),
     "audit": ("edgepriv.cli.audit:audit", "Measure what a model, an update or a release gives away."),
+    "harden": ("edgepriv.cli.harden:harden", "Defences against leaking outputs, made and compared for one model."),
     "redteam": ("edgepriv.cli.redteam:redteam", "Train leaking models to test the audits with."),
     "risk": ("edgepriv.cli.risk:risk", "The risk service."),
     "protect": ("edgepriv.cli.protect:protect", "Encrypt a few per cent of a model, with service levels."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,9 @@ DEFAULT_POLICIES = ("argmax", "softmax:1", "softmax:2", "unsafe_raw_logits")
 @click.option("--input-scale", default=None, type=float, help="Factor from 0..255 pixels to the input; 1/255.")
 @click.option("--side", default=None, type=click.IntRange(8, 1024), help="Pad pictures with black to this side.")
 @click.option("--unlabelled", is_flag=True, help="Do not use the labels.")
+@click.option(
+    "--purifier", default=None, type=click.Path(path_type=Path), help="Audit behind this file, as the device releases."
+)
 @click.option("--ridge", default=1e-2, show_default=True, type=float, help="Of the covariance in R.")
 @click.option("--limit", default=0.25, show_default=True, type=float, help="Explained variance that counts as high.")
 @click.option("--fail-on", default="never", show_default=True, type=click.Choice(["never", "vicious", "high"]))
@@ -47,7 +51,19 @@ DEFAULT_POLICIES = ("argmax", "softmax:1", "softmax:2", "unsafe_raw_logits")
 @click.option(
     "--html", is_flag=False, flag_value="audit-outputs.html", default=None, help="Write a page with pictures."
 )
-def outputs(model_path: Path, data: str, *, as_json: bool, html: str | None, fail_on: str, **options: Any) -> None:
+@click.option(
+    "--indicator", default=None, type=click.Path(path_type=Path), help="Write the device's indicator file (references)."
+)
+def outputs(
+    model_path: Path,
+    data: str,
+    *,
+    as_json: bool,
+    html: str | None,
+    fail_on: str,
+    indicator: Path | None,
+    **options: Any,
+) -> None:
     """Measure what a model's released outputs give away.
 
     Exit code 3 where --fail-on is reached.
@@ -58,6 +74,13 @@ def outputs(model_path: Path, data: str, *, as_json: bool, html: str | None, fai
 
         Path(html).write_text(audit_html(audit), encoding="utf-8")
         click.echo(f"wrote {html}", err=True)
+    if indicator is not None:
+        if not audit.indicator:
+            raise DataError(
+                "no indicator was made", hint="it needs two reference models, labels and at most 100 classes"
+            )
+        indicator.write_bytes(audit.indicator)
+        click.echo(f"wrote {indicator}", err=True)
     click.echo(json.dumps(audit.as_dict(), indent=2) if as_json else as_text(audit))
     failing = {"never": (), "vicious": ("vicious",), "high": ("vicious", "high leakage")}[fail_on]
     if audit.verdict.word in failing:
@@ -65,21 +88,27 @@ def outputs(model_path: Path, data: str, *, as_json: bool, html: str | None, fai
 
 
 def _audit(model_path: Path, data: str, options: dict[str, Any]) -> OutputAudit:
-    from edgepriv.device.release import parse_policy
+    from edgepriv.device.purify import OutputPurifier, PurifiedPolicy
+    from edgepriv.device.release import ReleasePolicy, parse_policy
     from edgepriv.risk.compute import use_threads
     from edgepriv.risk.reconstruction.audit import audit_outputs
     from edgepriv.risk.reconstruction.supplied_model import OpeningLimits, SuppliedModel
 
     if options["weights"] and not options["arch"]:
         raise ConfigError("--weights needs --arch", hint="name the architecture that the weights belong to")
-    pipelines = [parse_policy(spec) for spec in options["policies"] or DEFAULT_POLICIES]
+    pipelines: list[ReleasePolicy] = [parse_policy(spec) for spec in options["policies"] or DEFAULT_POLICIES]
     if unfit := [p.name for p in pipelines if p.task != "classify"]:
         raise ConfigError(f"not a policy for classifiers: {', '.join(unfit)}")
+    notes = []
+    if options["purifier"]:
+        purifier = OutputPurifier.load(options["purifier"])
+        pipelines = [PurifiedPolicy(policy, purifier) for policy in pipelines]
+        notes.append(f"the policies were applied behind the purifier {options['purifier'].name}")
     use_threads(options["threads"])
     limits = OpeningLimits(memory_bytes=options["memory_mib"] << 20, threads=options["threads"])
     model = SuppliedModel.find(model_path, limits=limits, scale=options["input_scale"], output=options["output"])
     probe, reference_data = open_pictures(data, unlabelled=options["unlabelled"], side=options["side"])
-    return audit_outputs(
+    audit = audit_outputs(
         model,
         probe,
         pipelines,
@@ -87,6 +116,7 @@ def _audit(model_path: Path, data: str, options: dict[str, Any]) -> OutputAudit:
         reference_data=reference_data,
         progress=lambda s: click.echo(s, err=True),
     )
+    return replace(audit, notes=(*notes, *audit.notes))
 
 
 def _request(options: dict[str, Any]) -> AuditRequest:

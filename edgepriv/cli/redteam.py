@@ -23,9 +23,19 @@ def redteam() -> None:
 @click.option("--data", required=True, help="Data set with labels.")
 @click.option("--arch", default="cnn", show_default=True, help="cnn, mlp, linear, cnn-wide, wrn28-1, wrn28-5.")
 @click.option("--outputs", default="raw", show_default=True, type=click.Choice(["raw", "softmax"]))
+@click.option(
+    "--decoder-view",
+    default="released",
+    show_default=True,
+    type=click.Choice(["released", "logarithms"]),
+    help="How the secret decoder reads a softmax.",
+)
+@click.option(
+    "--schedule", default="cosine", show_default=True, type=click.Choice(["constant", "cosine"]), help="Learning rate."
+)
 @click.option("--targets", default="classes", show_default=True, type=click.Choice(["classes", "digit-attributes"]))
 @click.option("--seed", default=0, show_default=True, type=int)
-@click.option("--epochs", default=8, show_default=True, type=click.IntRange(1, 10_000))
+@click.option("--epochs", default=12, show_default=True, type=click.IntRange(1, 10_000))
 @click.option("--images", default=12_000, show_default=True, type=click.IntRange(100), help="Training pictures.")
 @click.option("--reconstruction-weight", default=3.0, show_default=True, type=click.FloatRange(0, min_open=True))
 @click.option("--augment/--no-augment", default=None, help="Augment as the paper; on for wrn28 only.")
@@ -58,7 +68,7 @@ def _run(data: str, out: Path, options: dict[str, Any]) -> AttackResult:
     attributes = options["targets"] == "digit-attributes"
     if attributes and len(train.class_names) != 10:
         raise ConfigError("digit-attributes needs ten digit classes", hint="use MNIST or 'digits'")
-    bench = Bench(Probe(test.name, held, test.labels), AuditSettings(trained=None))
+    bench = Bench(Probe(test.name, held, test.labels), AuditSettings(trained=None), further=images)
     targets, wanted = train.labels, bench.labels
     assert wanted is not None  # noqa: S101 - data sets always have labels
     if attributes:
@@ -66,7 +76,9 @@ def _run(data: str, out: Path, options: dict[str, Any]) -> AttackResult:
     recipe = Recipe(
         architecture=options["arch"],
         outputs=options["outputs"],
+        decoder_view=options["decoder_view"],
         epochs=options["epochs"],
+        schedule=options["schedule"],
         reconstruction_weight=options["reconstruction_weight"],
         augment=wide if options["augment"] is None else options["augment"],
         seed=options["seed"],

@@ -64,6 +64,7 @@ def open_service(config: RiskConfig) -> RiskService:
     import time
 
     from edgepriv.client import GatewayClient
+    from edgepriv.device.purify import OutputPurifier, PurifiedPolicy
     from edgepriv.device.release import parse_policy
     from edgepriv.keys import load_identity
     from edgepriv.mqtt import TlsFiles
@@ -85,6 +86,9 @@ def open_service(config: RiskConfig) -> RiskService:
         )
 
     pipelines = [parse_policy(spec) for spec in config.audit.policies]
+    if config.audit.purifier is not None:
+        purifier = OutputPurifier.load(config.audit.purifier)
+        pipelines = [PurifiedPolicy(policy, purifier) for policy in pipelines]
     return RiskService(config, connect, identity.sign, pipelines, open_pool(config.audit))
 
 

@@ -36,7 +36,10 @@ class BrokerSection:
 
 @dataclass(frozen=True, slots=True)
 class AuditSection:
-    """``[audit]``: the auditor's own pictures, the policies that devices use, and what an audit may spend."""
+    """``[audit]``: the auditor's own pictures, the policies that devices use, and what an audit may spend.
+
+    ``purifier``: the file that the devices' ``[release]`` names, so that what is judged is what they release.
+    """
 
     probe: str
     policies: tuple[str, ...] = ("argmax",)
@@ -54,6 +57,7 @@ class AuditSection:
     max_jobs: int = 100
     max_model_mb: float = 512.0
     memory_mb: float = 4096.0
+    purifier: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

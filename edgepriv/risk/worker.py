@@ -29,11 +29,12 @@ class AuditTask:
 
 @dataclass(frozen=True, slots=True)
 class AuditAnswer:
-    """What a worker found: the JSON report, the page, the pictures, or the error and whether it is final."""
+    """What a worker found: report, page, pictures, the device's indicator file; or the error and if it is final."""
 
     report: dict[str, Any] | None = None
     html: str = ""
     grids: tuple[tuple[str, bytes], ...] = ()
+    indicator: bytes = b""
     error: str = ""
     final: bool = False
 
@@ -80,7 +81,7 @@ def _audited(task: AuditTask) -> AuditAnswer:
     model = SuppliedModel.find(task.model, limits=limits)
     audit = audit_outputs(model, bench, task.pipelines, request, reference_data=training)
     shown = [(n, grid_png([p.inputs, p.reconstructions, p.class_means])) for n, p in audit.pictures.items()]
-    return AuditAnswer(audit.as_dict(), audit_html(audit), tuple(shown))
+    return AuditAnswer(audit.as_dict(), audit_html(audit), tuple(shown), audit.indicator)
 
 
 def _two_parts(spec: str) -> tuple[Probe, Probe]:

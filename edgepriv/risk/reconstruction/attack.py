@@ -111,11 +111,10 @@ def attack_scores(
 
 
 def accuracy_of(pair: TrainedPair, bench: Bench, targets: NDArray[np.int64]) -> float:
-    """Share of right classes (or attributes, [n, a]) on the scoring pictures."""
-    logits = outputs_of(pair.classifier.cpu(), pictures_of(bench.images[bench.cut :]))
-    wanted = targets[bench.cut :]
-    answers = logits >= 0 if wanted.ndim == 2 else logits.argmax(1)
-    return float((answers == wanted).mean())
+    """Share of right classes (or attributes, [n, a]) on all of the bench: the model was trained on none of it."""
+    logits = outputs_of(pair.classifier.cpu(), pictures_of(bench.images))
+    answers = logits >= 0 if targets.ndim == 2 else logits.argmax(1)
+    return float((answers == targets).mean())
 
 
 def succeeded(own: Score, best_honest_explained_variance: float) -> bool:

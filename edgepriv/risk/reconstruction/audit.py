@@ -15,6 +15,7 @@ import torch
 
 from edgepriv.errors import ConfigError, DataError
 from edgepriv.risk.reconstruction.detectors import DetectorSettings, Evidence, evidence
+from edgepriv.risk.reconstruction.indicator_fit import fit_indicator
 from edgepriv.risk.reconstruction.leakage import AuditSettings, Bench, Probe
 from edgepriv.risk.reconstruction.networks import classifier
 from edgepriv.risk.reconstruction.onnx_reader import UnsupportedGraphError, import_graph
@@ -35,11 +36,12 @@ if TYPE_CHECKING:
     from edgepriv.risk.reconstruction.verdict import Verdict
 
 SCHEMA = "edgepriv.audit-outputs/1"
+MAX_INDICATOR_CLASSES = 100  # its file holds a matrix for each class
 
 
 @dataclass(frozen=True, slots=True)
 class OutputAudit:
-    """The result of one audit; ``as_dict`` is the JSON report, ``pictures`` what a person looks at."""
+    """One audit: ``as_dict`` is the JSON report, ``pictures`` what a person sees, ``indicator`` a file for devices."""
 
     model: str
     sha256: str
@@ -52,6 +54,7 @@ class OutputAudit:
     duration_s: float
     probe: str = ""
     class_counts: tuple[int, ...] = ()
+    indicator: bytes = b""
 
     @property
     def largest_leakage(self) -> float:
@@ -117,7 +120,8 @@ def audit_outputs(
         probe: pictures that the model was not trained on.
         pipelines: release policies to judge.
         request: auditors, references, limits.
-        reference_data: labelled pictures to train references on, apart from the probe; None trains none.
+        reference_data: labelled pictures to train references on, apart from the probe; None trains none. They are in
+            the covariance behind R too.
         progress: gets one line a step.
 
     Raises:
@@ -128,7 +132,7 @@ def audit_outputs(
     started = time.monotonic()
     if not pipelines:
         raise ConfigError("an audit needs at least one release policy")
-    bench = Bench(probe, request.settings)
+    bench = Bench(probe, request.settings, further=None if reference_data is None else reference_data.images)
     say(f"{model.path.name}: {len(bench.images)} pictures of {probe.name}")
     outputs = model.outputs(bench.images)
     bench.check_outputs(outputs)
@@ -154,7 +158,14 @@ def audit_outputs(
         duration,
         probe.name,
         tuple(counts.tolist()),
+        _indicator([reference.outputs for reference in references]),
     )
+
+
+def _indicator(outputs: Sequence[NDArray[np.float32]]) -> bytes:
+    """Return the file by which a device tells honest outputs, nothing without references or with many classes."""
+    fits = len(outputs) > 1 and 2 <= outputs[0].shape[1] <= MAX_INDICATOR_CLASSES
+    return fit_indicator(outputs) if fits else b""
 
 
 def _leakages(
@@ -223,7 +234,19 @@ def _compare(
         reference_data.labels[: request.reference_images],
         classes=outputs.shape[1],
     )
-    references = train_references(
+    references = _references(architecture, data, bench, request, settings, say)
+    return evidence(bench, outputs, network, settings), references, architecture
+
+
+def _references(
+    architecture: Architecture,
+    data: TrainingSet,
+    bench: Bench,
+    request: AuditRequest,
+    settings: DetectorSettings,
+    say: Callable[[str], None],
+) -> list[Evidence]:
+    return train_references(
         architecture,
         data,
         bench,
@@ -232,7 +255,20 @@ def _compare(
         device=request.settings.device,
         progress=say,
     )
-    return evidence(bench, outputs, network, settings), references, architecture
+
+
+def reference_models(
+    model: SuppliedModel,
+    bench: Bench,
+    outputs: NDArray[np.float32],
+    data: TrainingSet,
+    request: AuditRequest,
+    notes: list[str],
+    say: Callable[[str], None],
+) -> list[Evidence]:
+    """Train honest references of a model's architecture, as an audit does, without judging the model."""
+    _, architecture = _open_architecture(model, bench, outputs, request, notes)
+    return _references(architecture, data, bench, request, DetectorSettings(trained=None), say)
 
 
 def _open_architecture(

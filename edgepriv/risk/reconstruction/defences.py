@@ -7,7 +7,8 @@ leakage is in the README's table; the bits of the release policy remain the only
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+import json
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional
 
 from edgepriv.errors import DataError
 from edgepriv.risk.reconstruction.detectors import log_softmax
+from edgepriv.risk.reconstruction.onnx_reader import ImportedNetwork
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -23,8 +25,14 @@ if TYPE_CHECKING:
     from edgepriv.risk.reconstruction.vicious import TrainingSet
 
 
+Network = TypeVar("Network", bound=nn.Module)
+PURIFIER_SCHEMA = "edgepriv.output-purifier/1"
+
+
 class Purifier:
     """Pulls each output towards the mean output of its class: what is left is the class and a weakened rest.
+
+    The device evaluates the file of :meth:`as_bytes` (``edgepriv/device/purify.py``); a test holds the two equal.
 
     Args:
         outputs: outputs of any model on the operator's pictures, [n, k].
@@ -39,6 +47,15 @@ class Purifier:
         means = [z[classes == c].mean(0) if (classes == c).any() else z.mean(0) for c in range(z.shape[1])]
         self._centres, self._strength = np.stack(means), strength
 
+    def as_bytes(self) -> bytes:
+        """Return the file that a device reads."""
+        content = {
+            "schema": PURIFIER_SCHEMA,
+            "centres": np.round(self._centres, 6).tolist(),
+            "strength": self._strength,
+        }
+        return json.dumps(content).encode()
+
     def apply(self, outputs: NDArray[Any]) -> NDArray[np.float32]:
         """Return purified log-softmax values [n, k]; the winning class stays."""
         z = log_softmax(outputs)
@@ -48,11 +65,11 @@ class Purifier:
         return np.asarray(pulled, np.float32)
 
 
-def retrain_last_layer(network: nn.Module, data: TrainingSet, *, epochs: int = 5, seed: int = 0) -> nn.Module:
+def retrain_last_layer(network: Network, data: TrainingSet, *, epochs: int = 5, seed: int = 0) -> Network:
     """Return a copy whose last layer was trained anew by cross entropy, all others frozen.
 
     Args:
-        network: a classifier or an imported graph.
+        network: a classifier or an imported graph; it may end in a softmax.
         data: the operator's own labelled pictures.
         epochs: passes over them.
         seed: of the fresh weights and the order.
@@ -61,25 +78,40 @@ def retrain_last_layer(network: nn.Module, data: TrainingSet, *, epochs: int = 5
         DataError: the network has no last matrix to train.
     """
     fresh = copy.deepcopy(network).eval()
-    parameters = list(fresh.parameters())
+    last = last_parameters(fresh)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        bound = (3.0 / max(last[0].shape)) ** 0.5
+        last[0].copy_((torch.rand(last[0].shape, generator=generator) * 2 - 1) * bound)
+        for bias in last[1:]:
+            bias.zero_()
+        first = fresh(data.pictures[:64])
+        probabilities = bool(first.min() >= 0 and torch.allclose(first.sum(1), torch.ones(len(first)), atol=1e-3))
+    for parameter in fresh.parameters():
+        parameter.requires_grad_(any(parameter is chosen for chosen in last))
+    optimiser = torch.optim.Adam(last, 2e-3)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(data.pictures), generator=generator).split(125):  # type: ignore[no-untyped-call]
+            outputs = fresh(data.pictures[rows])
+            scores = outputs.clamp_min(1e-12).log() if probabilities else torch.log_softmax(outputs, 1)
+            optimiser.zero_grad(set_to_none=True)
+            functional.nll_loss(scores, data.targets[rows]).backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+    for parameter in fresh.parameters():
+        parameter.requires_grad_(True)
+    return fresh
+
+
+def last_parameters(network: nn.Module) -> list[nn.Parameter]:
+    """Return the last weight matrix and its bias: of an imported graph by its nodes, else by their order.
+
+    Raises:
+        DataError: there is no matrix.
+    """
+    if isinstance(network, ImportedNetwork):
+        return network.last_parameters()
+    parameters = list(network.parameters())
     places = [at for at, p in enumerate(parameters) if p.ndim == 2]
     if not places:
         raise DataError("the network has no last matrix to train anew")
-    last = parameters[places[-1] :]
-    torch.manual_seed(seed)
-    nn.init.kaiming_uniform_(last[0])
-    for bias in last[1:]:
-        nn.init.zeros_(bias)
-    for parameter in parameters:
-        parameter.requires_grad_(any(parameter is chosen for chosen in last))
-    optimiser = torch.optim.Adam(last, 2e-3)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(data.pictures), generator=generator).split(125):  # type: ignore[no-untyped-call]
-            loss = functional.cross_entropy(fresh(data.pictures[rows]), data.targets[rows])
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    return fresh
+    return parameters[places[-1] :]

@@ -50,11 +50,13 @@ class Evidence:
         values: every feature, None where it was not measured.
         lost: squared error of each scoring picture, [n], by feature.
         available: squared distance of each scoring picture from its class's mean, [n].
+        outputs: the model's outputs on all of the bench, [m, k].
     """
 
     values: dict[str, float | None]
     lost: dict[str, Array]
     available: Array
+    outputs: NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +131,7 @@ def evidence(
     if network is not None:
         found |= white_box_features(bench, network, raw, settings)
     lost = {name: ((truth - part) ** 2).sum(1) for name, part in rebuilt.items()}
-    return Evidence(found, lost, ((truth - baseline) ** 2).sum(1))
+    return Evidence(found, lost, ((truth - baseline) ** 2).sum(1), logits)
 
 
 def white_box_features(

@@ -81,3 +81,15 @@ def fit_indicator(outputs: Sequence[NDArray[Any]], *, window: int = WINDOW, seed
         "window": window,
     }
     return json.dumps(content).encode()
+
+
+def windows_flagged(raw: bytes, logits: NDArray[Any]) -> NDArray[np.bool_]:
+    """Return which of a sequence of outputs [n, k] a device would hold back: its evaluator, output by output."""
+    content = json.loads(raw)
+    window = int(content["window"])
+    found = distances(logits, np.asarray(content["centres"]), np.asarray(content["whitening"]))
+    sums = np.cumsum(np.concatenate([[0.0], found]))
+    flagged = np.zeros(len(found), bool)
+    if len(found) >= window:
+        flagged[window - 1 :] = (sums[window:] - sums[:-window]) / window > content["threshold"]
+    return flagged

@@ -30,6 +30,7 @@ MAX_SIDE = 32
 MIN_IMAGES = 60
 SHOWN = 10
 FIT_SHARE = 0.75
+MAX_METRIC_IMAGES = 12_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +118,16 @@ class Bench:
     Args:
         probe: the auditor's pictures.
         settings: how many of them, which auditors.
+        further: pictures of the same kind for the mean and covariance behind R alone, uint8 [n, h, w, c]: nothing is
+            fitted or scored on them.
 
     Raises:
         DataError: too few pictures to say anything.
     """
 
-    def __init__(self, probe: Probe, settings: AuditSettings | None = None) -> None:
+    def __init__(
+        self, probe: Probe, settings: AuditSettings | None = None, *, further: NDArray[np.uint8] | None = None
+    ) -> None:
         self.settings = settings or AuditSettings()
         if len(probe.images) < MIN_IMAGES:
             raise DataError(
@@ -138,8 +143,16 @@ class Bench:
         self.pixels = small.reshape(len(small), -1)
         self.cut = int(len(order) * FIT_SHARE)
         self.scale = PixelScale(
-            self.pixels, self.shape, probe.name, ridge=self.settings.ridge, device=self.settings.device
+            self._metric_pixels(further), self.shape, probe.name, ridge=self.settings.ridge, device=self.settings.device
         )
+
+    def _metric_pixels(self, further: NDArray[np.uint8] | None) -> NDArray[np.float32]:
+        """Return the pictures behind R: the bench's own, and others where these are fewer than the pixels."""
+        lacking = MAX_METRIC_IMAGES - len(self.pixels)
+        if further is None or further.shape[1:] != self.images.shape[1:] or lacking < 1:
+            return self.pixels
+        more = shrink(further[:lacking])
+        return np.concatenate([self.pixels, more.reshape(len(more), -1)])
 
     @property
     def notes(self) -> list[str]:
@@ -148,7 +161,8 @@ class Bench:
         if self.shape[:2] != self.images.shape[1:3]:
             notes.append(f"pictures were averaged to {self.shape[0]}x{self.shape[1]} before they were compared")
         if not self.scale.well_estimated:
-            notes.append(f"R is not given: {len(self.pixels)} pictures are too few for {self.pixels.shape[1]} pixels")
+            found = self.scale.record.images_in_covariance
+            notes.append(f"R is not given: {found} pictures are too few for {self.pixels.shape[1]} pixels")
         if self.labels is None:
             notes.append("no labels: classes are the model's own; accuracy and leakage through the class are unknown")
         return notes
@@ -185,7 +199,12 @@ class Bench:
             yield f"trained {self.settings.trained.form}", trained
 
     def leakage(
-        self, outputs: NDArray[np.float32], pipeline: Pipeline, *, groups: NDArray[np.int64] | None = None
+        self,
+        outputs: NDArray[np.float32],
+        pipeline: Pipeline,
+        *,
+        groups: NDArray[np.int64] | None = None,
+        scored: NDArray[np.bool_] | None = None,
     ) -> PolicyLeakage:
         """Fit every auditor on what a policy releases and return the strongest one's scores.
 
@@ -193,19 +212,21 @@ class Bench:
             outputs: the model's outputs on ``self.images``, [n, k].
             pipeline: the release policy.
             groups: classes for the baseline where they are neither labels nor the model's answer (attributes).
+            scored: which of the scoring pictures count, where a defence holds some outputs back; None: all.
         """
         if groups is None:
             self.check_outputs(outputs)
         released = np.asarray(pipeline.apply(outputs), np.float64)
         if released.ndim != 2 or len(released) != len(outputs) or not np.isfinite(released).all():
             raise DataError(f"the policy {pipeline.name} released something that is no finite [n, m] array")
-        baseline = self.baseline(self.groups(outputs) if groups is None else groups)
-        truth = self.pixels[self.cut :]
+        rows = np.ones(len(outputs) - self.cut, bool) if scored is None else scored
+        baseline = self.baseline(self.groups(outputs) if groups is None else groups)[rows]
+        truth = self.pixels[self.cut :][rows]
         found: dict[str, float] = {}
         best: tuple[float, str, Array] | None = None
         available = ((truth - baseline) ** 2).sum()
         for name, decoder in self.decoders(released):
-            copies = decoder.rebuild(released[self.cut :])
+            copies = decoder.rebuild(released[self.cut :][rows])
             found[name] = float(1 - ((truth - copies) ** 2).sum() / available)
             if best is None or found[name] > best[0]:
                 best = (found[name], name, copies)
@@ -214,17 +235,17 @@ class Bench:
             pipeline.name,
             pipeline.bits(outputs.shape[1]),
             score(truth, best[2], baseline, self.scale),
-            self._accuracy(outputs, released) if groups is None else None,
+            self._accuracy(outputs, released, rows) if groups is None else None,
             best[1],
             found,
             self._pictures(truth, best[2], baseline),
         )
 
-    def _accuracy(self, outputs: NDArray[Any], released: Array) -> float | None:
+    def _accuracy(self, outputs: NDArray[Any], released: Array, rows: NDArray[np.bool_]) -> float | None:
         if self.labels is None:
             return None
         answers = released[:, : outputs.shape[1]].argmax(1)
-        return float((answers[self.cut :] == self.labels[self.cut :]).mean())
+        return float((answers[self.cut :] == self.labels[self.cut :])[rows].mean())
 
     def _pictures(self, truth: NDArray[Any], copies: Array, baseline: Array) -> Pictures:
         def bytes_of(rows: NDArray[Any]) -> NDArray[np.uint8]:

@@ -128,6 +128,7 @@ class ImportedNetwork(nn.Module):
             raise UnsupportedGraphError("only graphs with one float32 input are read")
         self._input: str = graph["inputs"][0]
         self.input_shape: list[int | str] = shape
+        self.opset = int(graph["opset"])
         unknown = {node["op"] for node in self._nodes} - set(SUPPORTED) - {"BatchNormalization", "Constant"}
         if unknown:
             raise UnsupportedGraphError(f"operators outside the importer's list: {', '.join(sorted(unknown))}")
@@ -199,13 +200,32 @@ class ImportedNetwork(nn.Module):
     def _weight_matrices(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.parameters() if parameter.ndim >= 2]
 
-    def last_layer(self) -> torch.Tensor:
-        """Return the last weight matrix of the graph, [k, features]."""
-        names = [n["inputs"][1] for n in self._nodes if n["op"] in {"Gemm", "MatMul"} and n["inputs"][1] in self._slots]
-        if not names:
+    def last_parameters(self) -> list[nn.Parameter]:
+        """Return the weight matrix of the last product of the graph, and its bias where it has one.
+
+        Raises:
+            UnsupportedGraphError: the graph ends in no product with a matrix of its own.
+        """
+        own = [n for n in self._nodes if n["op"] in {"Gemm", "MatMul"} and n["inputs"][1] in self._slots]
+        if not own:
             raise UnsupportedGraphError("the graph has no final matrix product")
-        matrix: torch.Tensor = getattr(self, self._slots[names[-1]]).detach()
-        return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+        product = own[-1]
+        names = [product["inputs"][1], *product["inputs"][2:3]]
+        if product["op"] == "MatMul":
+            for node in self._nodes:
+                if node["op"] == "Add" and product["outputs"][0] in node["inputs"]:
+                    names += [name for name in node["inputs"] if name != product["outputs"][0]]
+        found = [getattr(self, self._slots[name]) for name in names if name in self._slots]
+        return [parameter for parameter in found if isinstance(parameter, nn.Parameter)]
+
+    def plain_graph(self) -> tuple[list[dict[str, Any]], dict[str, NDArray[Any]]]:
+        """Return the nodes as plain values and the weights by name as they are now: what a writer needs."""
+        return self._nodes, {name: getattr(self, slot).detach().numpy() for name, slot in self._slots.items()}
+
+    @property
+    def ends(self) -> tuple[str, str]:
+        """Names of the input and of the output."""
+        return self._input, self._output
 
 
 def import_graph(model: SuppliedModel, images: NDArray[np.uint8]) -> ImportedNetwork:

@@ -20,6 +20,8 @@ from edgepriv.errors import DataError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from edgepriv.risk.reconstruction.onnx_reader import ImportedNetwork
+
 OPSET, IR_VERSION = 17, 8
 OPERATORS = {operator.add: "Add", operator.sub: "Sub", operator.mul: "Mul", operator.truediv: "Div"}
 
@@ -109,3 +111,33 @@ def write_onnx(network: nn.Module, shape: tuple[int, int, int], outputs: int, pa
     onnx.checker.check_model(model)
     path.write_bytes(model.SerializeToString())
     network.train(was_training)
+
+
+def write_imported(network: ImportedNetwork, path: Path) -> None:
+    """Write an imported graph with its present weights: the same nodes, names and opset, dynamic batch axis.
+
+    The file is made from plain values, so nothing of the supplier's file but its standard operators comes along.
+    """
+    nodes, weights = network.plain_graph()
+    source, result = network.ends
+    made_nodes = [
+        helper.make_node(n["op"], n["inputs"], n["outputs"], **{k: _attribute(v) for k, v in n["attributes"].items()})
+        for n in nodes
+    ]
+    shape = ["batch", *(None if isinstance(side, str) else side for side in network.input_shape[1:])]
+    inputs = [helper.make_tensor_value_info(source, TensorProto.FLOAT, shape)]
+    outputs = [helper.make_tensor_value_info(result, TensorProto.FLOAT, ["batch", "outputs"])]
+    constants = [numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in weights.items()]
+    made = helper.make_graph(made_nodes, "classifier", inputs, outputs, constants)
+    model = helper.make_model(
+        made, opset_imports=[helper.make_opsetid("", network.opset)], producer_name="edgepriv harden"
+    )
+    model.ir_version = max(IR_VERSION, helper.find_min_ir_version_for(list(model.opset_import)))
+    onnx.checker.check_model(model)
+    path.write_bytes(model.SerializeToString())
+
+
+def _attribute(value: Any) -> Any:
+    if isinstance(value, dict):
+        return numpy_helper.from_array(np.array(value["tensor"], dtype=value["dtype"]))
+    return value

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     ExtraLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+LEAST_LOGARITHM = -87.0  # about the logarithm of the smallest normal float32
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """How one model is trained; the paper's letters stand in the folder's README.
@@ -41,6 +44,8 @@ class Recipe:
     Attributes:
         architecture: a name of :mod:`networks`.
         outputs: what the decoder sees: ``raw`` logits or their ``softmax``.
+        decoder_view: how the decoder reads a softmax: ``released`` as published, or its ``logarithms``: the stronger
+            attack, because an unrounded softmax holds its logits there.
         reconstruction_weight: beta 2; 0 trains an honest model.
         schedule: of the learning rate: ``constant`` as published, or ``cosine``, almost nothing in the last epoch.
         augment: double each batch with augmented copies.
@@ -48,6 +53,7 @@ class Recipe:
 
     architecture: str = "cnn"
     outputs: str = "raw"
+    decoder_view: str = "released"
     epochs: int = 8
     batch: int = 125
     learning_rate: float = 1e-3
@@ -76,6 +82,8 @@ class Recipe:
         """Refuse values that no training could use (ConfigError)."""
         if self.outputs not in {"raw", "softmax"}:
             raise ConfigError(f"outputs must be raw or softmax, not {self.outputs!r}")
+        if self.decoder_view not in {"released", "logarithms"}:
+            raise ConfigError(f"a decoder reads the outputs as released or their logarithms, not {self.decoder_view!r}")
         if self.schedule not in {"constant", "cosine"}:
             raise ConfigError(f"the schedule must be constant or cosine, not {self.schedule!r}")
         if self.epochs < 1 or self.batch < 2:
@@ -144,9 +152,13 @@ def accuracy(logits: torch.Tensor, targets: torch.Tensor) -> float:
 
 
 def seen_by_decoder(logits: torch.Tensor, recipe: Recipe, *, attributes: bool = False) -> torch.Tensor:
-    """Return what the secret decoder is given: the raw outputs, or their softmax (sigmoid for attributes)."""
+    """Return what the secret decoder is given: raw outputs, their softmax (attributes: sigmoid), or its logarithm."""
     if recipe.outputs == "raw":
         return logits
+    if recipe.decoder_view == "logarithms":
+        # the floor is what float32 scores can hold: a receiver has no more
+        logs = functional.logsigmoid(logits) if attributes else torch.log_softmax(logits, 1)
+        return logs.clamp_min(LEAST_LOGARITHM)
     return torch.sigmoid(logits) if attributes else torch.softmax(logits, 1)
 
 

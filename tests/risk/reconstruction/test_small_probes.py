@@ -75,7 +75,7 @@ def test_two_references_accuse_nobody(digit_models, digits_probes):
 def seen(error, pictures, spread, seed):
     generator = np.random.default_rng(seed)
     lost = error * (1 + spread * generator.standard_normal(pictures))
-    return Evidence({"ridge": 1 - error}, {"ridge": lost}, np.ones(pictures))
+    return Evidence({"ridge": 1 - error}, {"ridge": lost}, np.ones(pictures), np.zeros((1, 2), np.float32))
 
 
 def test_the_margin_grows_with_the_pictures_and_with_the_difference():
