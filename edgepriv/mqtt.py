@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
-from edgepriv.errors import ConfigError, UnavailableError
+from edgepriv.errors import ConfigError, KeyFileError, UnavailableError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -141,10 +141,16 @@ def open_link(
 
 
 def _context(tls: TlsFiles) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=str(tls.ca))
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    if tls.certificate:
-        context.load_cert_chain(str(tls.certificate), str(tls.key) if tls.key else None)
+    try:
+        context = ssl.create_default_context(cafile=str(tls.ca))
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        if tls.certificate:
+            context.load_cert_chain(str(tls.certificate), str(tls.key) if tls.key else None)
+    except OSError as error:  # an SSLError too: missing, unreadable, not PEM, or a key of another certificate
+        files = ", ".join(str(path) for path in (tls.ca, tls.certificate, tls.key) if path)
+        raise KeyFileError(
+            f"cannot use the TLS files {files}: {error.strerror or error}", hint="see [broker]"
+        ) from None
     return context
 
 

@@ -10,7 +10,7 @@ import pytest
 from gateway_site import Broker, free_port, wait_for
 
 from edgepriv.demo.processes import Children, start_broker
-from edgepriv.errors import ConfigError, UnavailableError
+from edgepriv.errors import ConfigError, KeyFileError, UnavailableError
 from edgepriv.mqtt import TlsFiles, open_link
 
 pytestmark = pytest.mark.system
@@ -135,8 +135,11 @@ def test_a_url_that_is_not_understood_is_a_configuration_error(url):
 
 
 def test_a_missing_ca_file_is_an_error_before_anything_is_sent(tmp_path):
-    with pytest.raises((ConfigError, OSError)):
+    with pytest.raises(KeyFileError, match=r"none\.pem"):
         open_link("mqtts://127.0.0.1:1", "x", tls=TlsFiles(tmp_path / "none.pem"))
+    (tmp_path / "rubbish.pem").write_text("no certificate")
+    with pytest.raises(KeyFileError, match="cannot use the TLS files"):
+        open_link("mqtts://127.0.0.1:1", "x", tls=TlsFiles(tmp_path / "rubbish.pem"))
 
 
 def test_it_falls_back_to_mqtt_3_1_1_with_amqtt(tmp_path, link_to):

@@ -197,6 +197,7 @@ def write(path: Path, data: bytes, mode: int) -> None:
     partial = path.with_name(path.name + ".part")
     partial.unlink(missing_ok=True)
     with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+        os.fchmod(file.fileno(), mode)  # a unit's UMask must not make a certificate unreadable to the service
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
