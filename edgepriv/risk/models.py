@@ -186,7 +186,9 @@ def _linear(classes: int, channels: int, size: int) -> nn.Module:
     return Classifier(nn.Flatten(), channels * size * size, classes)
 
 
-def _resnet(blocks: int) -> Builder:
+def _resnet(blocks: int, *, pooled: bool = True) -> Builder:
+    """Build He et al.'s network for small pictures; not ``pooled``: the head reads the feature map, place by place."""
+
     def builder(classes: int, channels: int, size: int) -> nn.Module:
         if size < 8:
             raise ValueError(f"a ResNet needs images of at least 8 pixels, not {size}")
@@ -196,7 +198,10 @@ def _resnet(blocks: int) -> Builder:
             for block in range(blocks):
                 layers.append(_Residual(width, outputs, 2 if stage and block == 0 else 1))
                 width = outputs
-        return Classifier(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), width, classes)
+        if pooled:
+            return Classifier(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), width, classes)
+        side = (size + 3) // 4
+        return Classifier(nn.Sequential(*layers, nn.Flatten()), width * side * side, classes)
 
     return builder
 
@@ -208,5 +213,6 @@ _BUILDERS: dict[str, Builder] = {
     "mlp": _mlp,
     "linear": _linear,
     "resnet8": _resnet(1),
+    "resnet8-map": _resnet(1, pooled=False),
     "resnet20": _resnet(3),
 }

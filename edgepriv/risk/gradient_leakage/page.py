@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from edgepriv.risk.gradient_leakage.audit import Canaries, UpdateAudit
 
-WIDTH, HEIGHT, LEFT, BOTTOM = 560, 300, 56, 44
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 560, 340, 56, 44, 62
 COLOURS = ("#b3261e", "#1f5fbf", "#2a7a4b", "#9a6700", "#6b3fa0")
 MAX_SHOWN = 8
 COLOUR_OF = {"leaks": "vicious", "at risk": "high", "contained": ""}  # class names of the shared style
@@ -106,43 +106,83 @@ def chart(
     *,
     lines: bool = True,
     marked: tuple[float, float] | None = None,
+    labels: Sequence[str] = (),
 ) -> str:
-    """Draw curves or points as an inline SVG; ``marked`` gets a ring (the recommended setting)."""
+    """Draw curves or points as an inline SVG.
+
+    Args:
+        title: of the picture.
+        x_name: of the axis.
+        y_name: of the axis.
+        series: points by name.
+        lines: join the points.
+        marked: gets a ring (the recommended setting).
+        labels: of an ordinal axis: x then counts them from 0.
+    """
     points = [p for rows in series.values() for p in rows]
     if not points:
         return ""
-    xs, ys = _span([p[0] for p in points]), _span([p[1] for p in points])
+    xs = (-0.2, len(labels) - 0.8) if labels else _span([p[0] for p in points])
+    ys = _span([p[1] for p in points])
 
     def at(point: tuple[float, float]) -> tuple[float, float]:
         x = LEFT + (point[0] - xs[0]) / (xs[1] - xs[0]) * (WIDTH - LEFT - 16)
-        y = HEIGHT - BOTTOM - (point[1] - ys[0]) / (ys[1] - ys[0]) * (HEIGHT - BOTTOM - 28)
+        y = HEIGHT - BOTTOM - (point[1] - ys[0]) / (ys[1] - ys[0]) * (HEIGHT - BOTTOM - TOP)
         return round(x, 1), round(y, 1)
 
-    parts = [_axes(title, x_name, y_name, xs, ys)]
-    for index, (name, rows) in enumerate(series.items()):
+    parts = [_axes(title, x_name, y_name, xs, ys, labels), _legend(list(series))]
+    for index, rows in enumerate(series.values()):
         colour = COLOURS[index % len(COLOURS)]
         placed = [at(p) for p in rows]
         if lines and len(placed) > 1:
             path = " ".join(f"{x},{y}" for x, y in placed)
             parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts.extend(f'<circle cx="{x}" cy="{y}" r="4" fill="{colour}"/>' for x, y in placed)
-        right = WIDTH - 16 - 100 * (len(series) - 1 - index)
-        parts.append(f'<text x="{right}" y="16" text-anchor="end" style="fill:{colour}">{escape(name)}</text>')
+        parts.extend(_mark(index, x, y) for x, y in placed)
     if marked is not None:
         x, y = at(marked)
-        parts.append(f'<circle cx="{x}" cy="{y}" r="9" fill="none" stroke="currentColor" stroke-width="2"/>')
+        parts.append(f'<circle cx="{x}" cy="{y}" r="10" fill="none" stroke="currentColor" stroke-width="2"/>')
     label = escape(f"{title}: {y_name} against {x_name}")
     return f'<svg role="img" aria-label="{label}" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}">{"".join(parts)}</svg>'
 
 
-def _axes(title: str, x_name: str, y_name: str, xs: tuple[float, float], ys: tuple[float, float]) -> str:
+def _mark(index: int, x: float, y: float) -> str:
+    """Return a series' own shape in its colour, so that curves can be told apart without colours."""
+    colour = COLOURS[index % len(COLOURS)]
+    if index % 4 == 0:
+        return f'<circle cx="{x}" cy="{y}" r="4.5" fill="{colour}"/>'
+    if index % 4 == 1:
+        return f'<rect x="{x - 4:.1f}" y="{y - 4:.1f}" width="8" height="8" fill="{colour}"/>'
+    tip, base = (y - 6, y + 4) if index % 4 == 2 else (y + 6, y - 4)
+    return f'<polygon points="{x:.1f},{tip:.1f} {x - 5:.1f},{base:.1f} {x + 5:.1f},{base:.1f}" fill="{colour}"/>'
+
+
+def _legend(names: Sequence[str]) -> str:
+    parts, x, y = [], float(LEFT), 34
+    for index, name in enumerate(names):
+        width = 28 + 7 * len(name)
+        if x > LEFT and x + width > WIDTH:
+            x, y = float(LEFT), y + 16
+        colour = COLOURS[index % len(COLOURS)]
+        parts.append(_mark(index, x + 5, y - 4))
+        parts.append(f'<text x="{x + 14:.0f}" y="{y}" style="fill:{colour}">{escape(name)}</text>')
+        x += width
+    return "".join(parts)
+
+
+def _axes(
+    title: str, x_name: str, y_name: str, xs: tuple[float, float], ys: tuple[float, float], labels: Sequence[str]
+) -> str:
     base, right = HEIGHT - BOTTOM, WIDTH - 16
     ticks = []
+    shown = list(labels) or [f"{xs[0] + step / 4 * (xs[1] - xs[0]):.3g}" for step in range(5)]
+    for index, text in enumerate(shown):
+        share = (index - xs[0]) / (xs[1] - xs[0]) if labels else index / 4
+        ticks.append(
+            f'<text x="{LEFT + share * (right - LEFT):.0f}" y="{base + 16}" text-anchor="middle">{text}</text>'
+        )
     for step in range(5):
-        x = LEFT + step / 4 * (right - LEFT)
-        y = base - step / 4 * (base - 28)
-        x_value, y_value = xs[0] + step / 4 * (xs[1] - xs[0]), ys[0] + step / 4 * (ys[1] - ys[0])
-        ticks.append(f'<text x="{x:.0f}" y="{base + 16}" text-anchor="middle">{x_value:.3g}</text>')
+        y = base - step / 4 * (base - TOP)
+        y_value = ys[0] + step / 4 * (ys[1] - ys[0])
         ticks.append(f'<text x="{LEFT - 6}" y="{y + 4:.0f}" text-anchor="end">{y_value:.3g}</text>')
         ticks.append(f'<line x1="{LEFT}" x2="{right}" y1="{y:.0f}" y2="{y:.0f}" stroke="currentColor" opacity=".15"/>')
     middle = (LEFT + right) / 2

@@ -1,12 +1,14 @@
 """Leakage against accuracy over privacy settings, so that an operator picks a setting from a picture.
 
-For each setting a small federation is trained from scratch (accuracy) and one canary device is attacked at the
-first and at the last round (leakage), with the noise that this device itself adds. Noise is stated as the *sum's*
-standard deviation over the clip norm, z; with m devices each adds ``z * clip / sqrt(m)``. Two views are judged:
+For each setting a small federation is trained from scratch (accuracy) and canary devices are attacked at the first
+round, at some between and after the last (leakage). Noise is stated as the *sum's* standard deviation over the clip
+norm, z; with m devices each adds ``z * clip / sqrt(m)``. Two views are judged:
 
-* ``single``: somebody sees the device's own update (a clear round, or everybody else colludes);
-* epsilon: of the *sum* under masks by dp-accounting, one Gaussian event a round, no amplification (the gateway knows
-  who took part), unit of privacy = one device. ``single_epsilon`` is the same for the device's own share of noise.
+* one device: somebody sees its own update with the noise that it adds itself (a clear round, or all others collude);
+* ``masked``: the gateway sees the sum over a cohort with all of its noise.
+
+Epsilon is that of the *sum* by dp-accounting, one Gaussian event a round, no amplification (the gateway knows who took
+part), unit of privacy = one device. ``single_epsilon`` is the same for the device's own share of the noise.
 
 Settings whose noise is 0 have no epsilon.
 """
@@ -27,10 +29,10 @@ from edgepriv.errors import DataError, MissingDependencyError
 from edgepriv.federated.local_recipe import LocalRecipe
 from edgepriv.federated.torch_trainer import is_statistic, train_locally
 from edgepriv.risk import models
-from edgepriv.risk.gradient_leakage import page
-from edgepriv.risk.gradient_leakage.audit import Canaries, audit_round, make_canaries
+from edgepriv.risk.gradient_leakage.audit import AT_RISK, CONTAINED, LEAKS, Canaries, audit_round, make_canaries
 from edgepriv.risk.gradient_leakage.inversion import Attack
 from edgepriv.risk.gradient_leakage.protections import ClippedNoise
+from edgepriv.risk.gradient_leakage.simulate import MAX_IMAGES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -41,78 +43,101 @@ if TYPE_CHECKING:
     from edgepriv.datasets import Dataset
 
 
+MAX_COHORT = 4  # devices of a masked cohort that are played
+
+
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One point of the sweep."""
+    """One point of the sweep; ``masked``: the sum over a cohort is seen, else one device's own update."""
 
     recipe: LocalRecipe
     clip: float
     noise_multiplier: float
+    masked: bool = False
 
     @property
     def name(self) -> str:
         """Short name for tables."""
-        where = "shared" if self.recipe.shares_statistics else "home"
         return (
             f"clip {self.clip:g}, noise {self.noise_multiplier:g}, B={self.recipe.batch_size}, "
-            f"E={self.recipe.epochs}, BN {where}"
+            f"E={self.recipe.epochs}, {self.kind}"
         )
+
+    @property
+    def kind(self) -> str:
+        """What is done besides clipping and noise."""
+        return ("BN shared" if self.recipe.shares_statistics else "BN home") + (", masks" if self.masked else "")
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """Private shards, a test set, canaries and the fresh model."""
+    """Private shards, a test set, canaries (``per_device`` for each canary device) and the fresh model."""
 
     model: nn.Module
     shards: tuple[tuple[NDArray[np.float32], NDArray[np.int64]], ...]
     test: tuple[NDArray[np.float32], NDArray[np.int64]]
     canaries: Canaries
+    per_device: int
+    devices: int
     seed: int
     device: str
+
+    @property
+    def cohort(self) -> int:
+        """How many canary devices stand for a masked cohort: a smaller one than the real leaks more, never less."""
+        return max(1, min(len(self.shards), MAX_COHORT, len(self.canaries.images) // self.per_device))
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """What one setting costs and leaks; leakage is that of a fresh and of the final model."""
+    """What one setting costs and leaks: ``leaks`` holds (number of the round, mean record over the canary devices)."""
 
     setting: Setting
     accuracy: float
     epsilon: float | None
     single_epsilon: float | None
-    fresh: dict[str, Any]
-    final: dict[str, Any]
+    leaks: tuple[tuple[int, dict[str, Any]], ...]
     seconds: float
 
     @property
+    def fresh(self) -> dict[str, Any]:
+        """Leakage of the first round."""
+        return self.leaks[0][1]
+
+    @property
+    def final(self) -> dict[str, Any]:
+        """Leakage of a round that begins with the final model."""
+        return self.leaks[-1][1]
+
+    @property
     def iip(self) -> float:
-        """The worse of both models."""
-        return float(max(self.fresh["attack"]["iip"], self.final["attack"]["iip"]))
+        """The worst of all audited rounds."""
+        return float(max(leak["iip"] for _, leak in self.leaks))
+
+    @property
+    def psnr_db(self) -> float:
+        """The worst of all audited rounds."""
+        return float(max(leak["psnr_db"] for _, leak in self.leaks))
 
     @property
     def bound_gain_db(self) -> float:
-        """How far the bound is above the prior, at the worse of both models."""
-        return float(max(r["bound_psnr_db"] - r["bound_floor_db"] for r in (self.fresh, self.final)))
+        """How far the bound is above the prior, at the worst of all audited rounds."""
+        return float(max(leak["bound_psnr_db"] - leak["bound_floor_db"] for _, leak in self.leaks))
 
     def record(self) -> dict[str, Any]:
         """Return plain values for JSON."""
-        kept = ("psnr_db", "ssim", "iip", "rdlv")
         return {
             "name": self.setting.name,
             "recipe": asdict(self.setting.recipe),
             "clip": self.setting.clip,
             "noise_multiplier": self.setting.noise_multiplier,
+            "masked": self.setting.masked,
             "accuracy": self.accuracy,
             "epsilon": self.epsilon,
             "single_epsilon": self.single_epsilon,
-            **{
-                when: {
-                    **{key: record["attack"][key] for key in kept},
-                    "bound_psnr_db": record["bound_psnr_db"],
-                    "bound_floor_db": record["bound_floor_db"],
-                    "verdict": record["verdict"],
-                }
-                for when, record in (("fresh", self.fresh), ("final", self.final))
-            },
+            "fresh": self.fresh,
+            "final": self.final,
+            "rounds": [{"round": number, **leak} for number, leak in self.leaks],
             "seconds": self.seconds,
         }
 
@@ -125,6 +150,7 @@ class Tradeoff:
     recommended: Point | None
     rounds: int
     clients: int
+    cohort: int
     delta: float
     max_iip: float
     notes: tuple[str, ...] = field(default=())
@@ -135,6 +161,7 @@ class Tradeoff:
             "schema": "edgepriv.privacy-tradeoff/1",
             "rounds": self.rounds,
             "clients": self.clients,
+            "masked_cohort": self.cohort,
             "delta": self.delta,
             "max_iip": self.max_iip,
             "points": [point.record() for point in self.points],
@@ -144,7 +171,7 @@ class Tradeoff:
 
 
 NOTES = (
-    "Leakage is that of one canary device whose own update is seen; under masks only the sum is seen.",
+    "Leakage is that of canary devices whose own update is seen; with masks only the sum over the cohort is seen.",
     "A noise that stops this attack is far below one with a meaningful epsilon: both columns are needed.",
     "Accuracy is of a small federation trained from scratch for these rounds, one seed.",
 )
@@ -158,19 +185,46 @@ def settings_grid(
     epoch_counts: Sequence[int],
     statistics: str,
     learning_rate: float,
+    momentum: float = 0.0,
+    masks: str = "none",
 ) -> list[Setting]:
-    """Return every combination; ``statistics`` is shared, home or both."""
+    """Return every combination; ``statistics`` is shared, home or both.
+
+    ``masks`` judges as a masked sum too: ``none``, the ``plain`` settings without noise, or ``all``.
+    """
     sharing = {"shared": (True,), "home": (False,), "both": (True, False)}[statistics]
     return [
-        Setting(LocalRecipe(learning_rate, batch, epochs, shares_statistics=shares), clip, noise)
-        for batch, epochs, clip, shares, noise in itertools.product(batch_sizes, epoch_counts, clips, sharing, noises)
+        Setting(LocalRecipe(learning_rate, batch, epochs, momentum, shares_statistics=shares), clip, noise, masked)
+        for batch, epochs, clip, shares, noise, masked in itertools.product(
+            batch_sizes, epoch_counts, clips, sharing, noises, (False, True)
+        )
+        if not masked or masks == "all" or (masks == "plain" and not noise)
     ]
 
 
 def make_world(
-    data: Dataset, architecture: str, *, clients: int, seed: int, canaries: int = 4, device: str = "cpu"
+    data: Dataset,
+    architecture: str,
+    *,
+    clients: int,
+    seed: int,
+    canaries: int = 4,
+    devices: int = 1,
+    masks: bool = False,
+    device: str = "cpu",
 ) -> World:
-    """Split a data set: 30 % public (canaries among them), 20 % test, the rest private, shared by the clients."""
+    """Split a data set: 30 % public (canaries among them), 20 % test, the rest private, shared by the clients.
+
+    Args:
+        data: labelled images.
+        architecture: of the model.
+        clients: devices of the federation.
+        seed: of split and fresh weights.
+        canaries: images of one canary device.
+        devices: canary devices that are attacked one by one.
+        masks: hold as many canary devices as a masked cohort needs.
+        device: a torch device.
+    """
     x = np.ascontiguousarray(data.images.transpose(0, 3, 1, 2), np.float32) / np.float32(255)
     order = np.random.default_rng(seed).permutation(len(x))
     public, test, private = np.split(order, [int(0.3 * len(x)), int(0.5 * len(x))])
@@ -179,9 +233,13 @@ def make_world(
     torch.manual_seed(seed)
     model = models.build(architecture, len(data.class_names), x.shape[1], x.shape[2])
     shards = tuple((x[rows], data.labels[rows]) for rows in np.array_split(private, clients))
-    mine, rest = public[:canaries], public[canaries:]
-    held = make_canaries(x[mine], data.labels[mine], x[rest], data.labels[rest], seed=seed)
-    return World(model, shards, (x[test], data.labels[test]), held, seed, device)
+    cohort = min(clients, MAX_COHORT, max(1, MAX_IMAGES // canaries)) if masks else 1
+    held = max(devices, cohort) * canaries
+    if len(public) < held + 2:
+        raise DataError(f"{len(public)} public images are too few for {held} canaries")
+    mine, rest = public[:held], public[held:]
+    kept = make_canaries(x[mine], data.labels[mine], x[rest], data.labels[rest], seed=seed)
+    return World(model, shards, (x[test], data.labels[test]), kept, canaries, devices, seed, device)
 
 
 def run(
@@ -189,19 +247,37 @@ def run(
     settings: Sequence[Setting],
     *,
     rounds: int,
+    audited: int = 3,
     delta: float = 1e-5,
     max_iip: float = 0.1,
     attack: Attack | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Tradeoff:
-    """Judge every setting and recommend the most accurate one that leaks at most ``max_iip``."""
-    points = []
+    """Judge every setting and recommend the most accurate one that leaks at most ``max_iip``.
+
+    ``audited``: how many rounds are attacked, from the first to the one after the last.
+    """
+    points: list[Point] = []
+    trained: dict[tuple[LocalRecipe, float, float], dict[int, nn.Module]] = {}
     for index, setting in enumerate(settings):
-        point = _judge(world, setting, rounds, delta, attack or Attack(iterations=80, tv_weight=1e-2))
-        points.append(point)
+        key = setting.recipe, setting.clip, setting.noise_multiplier
+        began = time.perf_counter()
+        if key not in trained:  # what is seen of a federation does not change its training
+            trained = {key: train_federation(world, setting, rounds, spread(rounds, audited))}
+        attacker = attack or Attack(iterations=80, tv_weight=1e-2)
+        points.append(_judge(world, setting, trained[key], rounds, delta, attacker, began))
         if progress is not None:
-            progress(f"{index + 1}/{len(settings)} {setting.name}: accuracy {point.accuracy:.3f}, IIP {point.iip:.2f}")
-    return Tradeoff(tuple(points), recommend(points, max_iip), rounds, len(world.shards), delta, max_iip, NOTES)
+            point = points[-1]
+            found = f"accuracy {point.accuracy:.3f}, IIP {point.iip:.2f}, PSNR {point.psnr_db:.1f} dB"
+            progress(f"{index + 1}/{len(settings)} {setting.name}: {found}")
+    return Tradeoff(
+        tuple(points), recommend(points, max_iip), rounds, len(world.shards), world.cohort, delta, max_iip, NOTES
+    )
+
+
+def spread(rounds: int, audited: int) -> tuple[int, ...]:
+    """Return numbers of rounds from 1 to one after the last, evenly spaced."""
+    return tuple(sorted({round(n) for n in np.linspace(1, rounds + 1, max(2, audited))}))
 
 
 def recommend(points: Sequence[Point], max_iip: float) -> Point | None:
@@ -211,40 +287,64 @@ def recommend(points: Sequence[Point], max_iip: float) -> Point | None:
     return order[0] if order else None
 
 
-def _judge(world: World, setting: Setting, rounds: int, delta: float, attack: Attack) -> Point:
-    began = time.perf_counter()
-    final = train_federation(world, setting, rounds)
+def _judge(
+    world: World,
+    setting: Setting,
+    trained: dict[int, nn.Module],
+    rounds: int,
+    delta: float,
+    attack: Attack,
+    began: float,
+) -> Point:
     m = len(world.shards)
-    own = ClippedNoise(
-        setting.clip, setting.noise_multiplier / math.sqrt(m), shares_statistics=setting.recipe.shares_statistics
-    )
-    fresh, last = (
-        audit_round(
-            model, setting.recipe, world.canaries, round_number=n, protection=own, attack=attack, device=world.device
-        )
-        for model, n in ((world.model, 1), (final, rounds))
-    )
+    leaks = [(number, _leak(world, setting, model, number, attack)) for number, model in sorted(trained.items())]
     return Point(
         setting=setting,
-        accuracy=accuracy(final, *world.test),
+        accuracy=accuracy(trained[rounds + 1], *world.test),
         epsilon=epsilon(setting.noise_multiplier, rounds, delta),
         single_epsilon=epsilon(setting.noise_multiplier / math.sqrt(m), rounds, delta),
-        fresh=fresh,
-        final=last,
+        leaks=tuple(leaks),
         seconds=time.perf_counter() - began,
     )
 
 
-def train_federation(world: World, setting: Setting, rounds: int) -> nn.Module:
-    """Run FedAvg with clipping and noise over all shards and return the final model.
+def _leak(world: World, setting: Setting, model: nn.Module, number: int, attack: Attack) -> dict[str, Any]:
+    """Attack the canary devices one by one, or the masked cohort at once, and average."""
+    m, shares, size = len(world.shards), setting.recipe.shares_statistics, world.per_device
+    cohort = world.cohort if setting.masked else 1
+    share = setting.noise_multiplier / (cohort if setting.masked else math.sqrt(m))
+    records = [
+        audit_round(
+            model, setting.recipe, world.canaries.take(slice(first, first + cohort * size)), round_number=number,
+            protection=ClippedNoise(setting.clip, share, shares), clients=cohort, clip=setting.clip,
+            attack=attack, seed=index, device=world.device,
+        )
+        for index, first in enumerate(range(0, (1 if setting.masked else world.devices) * size, size))
+    ]  # fmt: skip
+    kept = {key: [record["attack"][key] for record in records] for key in ("psnr_db", "ssim", "iip", "rdlv")}
+    kept |= {key: [record[key] for record in records] for key in ("bound_psnr_db", "bound_floor_db")}
+    means = {key: _mean([v for v in values if v is not None]) for key, values in kept.items()}
+    worst = [verdict for verdict in (LEAKS, AT_RISK, CONTAINED) if any(r["verdict"] == verdict for r in records)]
+    return {**means, "verdict": worst[0], "clients": cohort, "attacks": len(records)}
 
-    BatchNorm statistics that are kept at home are re-estimated on public images at the end, as an evaluator must.
+
+def _mean(values: list[float]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+def train_federation(world: World, setting: Setting, rounds: int, keep: Sequence[int]) -> dict[int, nn.Module]:
+    """Run FedAvg with clipping and noise over all shards; return the models that the rounds of ``keep`` begin with.
+
+    BatchNorm statistics that are kept at home are re-estimated on public images in the last, as an evaluator must.
     """
+    kept = {}
     model = copy.deepcopy(world.model)
     rng = np.random.default_rng([world.seed, 7])
     m = len(world.shards)
     protect = ClippedNoise(setting.clip, 0.0, shares_statistics=setting.recipe.shares_statistics)
     for number in range(rounds):
+        if number + 1 in keep:
+            kept[number + 1] = copy.deepcopy(model)
         total: dict[str, NDArray[np.float64]] = {}
         for index, (images, labels) in enumerate(world.shards):
             seed = world.seed + 1000 * number + index
@@ -261,7 +361,7 @@ def train_federation(world: World, setting: Setting, rounds: int) -> nn.Module:
         model.load_state_dict(state)
     if not setting.recipe.shares_statistics:
         _estimate_statistics(model, world.canaries.public)
-    return model
+    return {**kept, rounds + 1: model}
 
 
 def accuracy(model: nn.Module, images: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
@@ -301,93 +401,3 @@ def _estimate_statistics(model: nn.Module, public: NDArray[np.float32]) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):  # noqa: SLF001
             module.momentum = 0.1
-
-
-def recommended_toml(result: Tradeoff) -> str:
-    """Return the ``[rounds]`` part of ``gateway.toml`` for the recommended setting."""
-    if result.recommended is None:
-        raise DataError(
-            f"no setting of the sweep leaks at most IIP {result.max_iip}",
-            hint="sweep more noise, or statistics at home",
-        )
-    point, recipe = result.recommended, result.recommended.setting.recipe
-    noisy = point.setting.noise_multiplier > 0
-    spent = (
-        "no epsilon: no noise" if point.epsilon is None else f"epsilon {point.epsilon:.3g} at delta {result.delta:g}"
-    )
-    lines = [
-        f"# edgepriv audit privacy-tradeoff: accuracy {point.accuracy:.3f}, IIP of one device {point.iip:.2f},",
-        f"# {spent} after {result.rounds} rounds of {result.clients} devices",
-        "[rounds]",
-        'privacy = "masked"' if noisy else 'privacy = "clear"',
-        f"clip = {point.setting.clip!r}",
-        'noise = "distributed"' if noisy else 'noise = "none"',
-        *([f"noise_multiplier = {point.setting.noise_multiplier!r}", "max_weight = 1"] if noisy else []),
-        f"delta = {result.delta!r}",
-        f'statistics = "{"shared" if recipe.shares_statistics else "home"}"',
-        "",
-        "[rounds.training]",
-        f"learning_rate = {recipe.learning_rate!r}",
-        f"batch_size = {recipe.batch_size}",
-        f"epochs = {recipe.epochs}",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-HEADS = (
-    "setting",
-    "accuracy",
-    "epsilon (sum)",
-    "IIP fresh",
-    "IIP final",
-    "SSIM fresh",
-    "SSIM final",
-    "bound fresh",
-    "bound final",
-)
-
-
-def rows(result: Tradeoff) -> list[list[str]]:
-    """Return the table's cells."""
-    return [
-        [
-            ("* " if point is result.recommended else "") + point.setting.name,
-            f"{point.accuracy:.3f}",
-            "none" if point.epsilon is None else f"{point.epsilon:.3g}",
-            *(f"{r['attack']['iip']:.2f}" for r in (point.fresh, point.final)),
-            *(f"{r['attack']['ssim']:.2f}" for r in (point.fresh, point.final)),
-            *(f"{r['bound_psnr_db']:.1f} dB" for r in (point.fresh, point.final)),
-        ]
-        for point in result.points
-    ]
-
-
-def as_text(result: Tradeoff) -> str:
-    """Return the table as text."""
-    body = [list(HEADS), *rows(result)]
-    widths = [max(len(line[i]) for line in body) for i in range(len(HEADS))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in body]
-    return "\n".join([*lines, "* recommended: the most accurate within the limit", *result.notes])
-
-
-def tradeoff_html(result: Tradeoff) -> str:
-    """Return the page with the table and two pictures: leakage against accuracy, leakage over noise."""
-    by_sharing: dict[str, list[tuple[float, float]]] = {}
-    over_noise: dict[str, list[tuple[float, float]]] = {}
-    ceilings: dict[str, list[tuple[float, float]]] = {}
-    for point in result.points:
-        kind = "BN shared" if point.setting.recipe.shares_statistics else "BN at home"
-        by_sharing.setdefault(kind, []).append((point.accuracy, point.iip))
-        over_noise.setdefault(kind, []).append((point.setting.noise_multiplier, point.iip))
-        if point.setting.noise_multiplier > 0:  # without noise the bound is only what float32 rounds away
-            ceilings.setdefault(kind, []).append((point.setting.noise_multiplier, point.bound_gain_db))
-    chosen = result.recommended
-    marked = None if chosen is None else (chosen.accuracy, chosen.iip)
-    floor = "gain of the bound over the prior (dB)"
-    pictures = page.chart("Trade-off", "accuracy", "IIP", by_sharing, lines=False, marked=marked)
-    for title, name, series in (("Attack", "IIP", over_noise), ("Bound", floor, ceilings)):
-        pictures += page.chart(title, "noise multiplier of the sum", name, {k: sorted(v) for k, v in series.items()})
-    snippet = "" if chosen is None else f"<h2>Recommended</h2><pre>{recommended_toml(result)}</pre>"
-    notes = "".join(f"<li>{note}</li>" for note in result.notes)
-    body = f"<h1>Leakage against accuracy</h1>{pictures}{page.table(HEADS, rows(result))}{snippet}<ul>{notes}</ul>"
-    return page.document("Leakage against accuracy", body)

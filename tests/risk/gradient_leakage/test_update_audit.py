@@ -14,7 +14,7 @@ from edgepriv.errors import DataError  # noqa: E402
 from edgepriv.federated.ledger import epsilon_of  # noqa: E402
 from edgepriv.federated.local_recipe import LocalRecipe, head_recipe  # noqa: E402
 from edgepriv.federated.torch_trainer import train_locally  # noqa: E402
-from edgepriv.risk.gradient_leakage import audit, page, protections, tradeoff  # noqa: E402
+from edgepriv.risk.gradient_leakage import audit, page, protections, tradeoff, tradeoff_page  # noqa: E402
 from edgepriv.risk.gradient_leakage.class_inversion import invert_classes  # noqa: E402
 from edgepriv.risk.gradient_leakage.fleet_view import fleet_view, with_head  # noqa: E402
 from edgepriv.risk.gradient_leakage.inversion import Attack  # noqa: E402
@@ -117,35 +117,60 @@ def test_epsilon_by_dp_accounting_agrees_with_the_devices_ledger():
     assert tradeoff.epsilon(0.0, 10, 1e-5) is None
 
 
-def test_the_tradeoff_recommends_a_setting_the_gateway_accepts():
-    import sys
-
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-
-    from gateway.round_driver import check_settings
-
-    data = datasets.load("digits", limit=600)
-    world = tradeoff.make_world(data, "cnn-bn", clients=4, seed=0, canaries=2)
+@pytest.fixture(scope="module")
+def sweep():
+    """A federation of four on a few digits: no noise, and noise, seen singly and, without noise, as a masked sum."""
+    data = datasets.load("digits", limit=400)
+    world = tradeoff.make_world(data, "cnn-bn", clients=4, seed=0, canaries=1, devices=2, masks=True)
     grid = tradeoff.settings_grid(
-        clips=(0.5,), noises=(0.0, 0.5), batch_sizes=(4,), epoch_counts=(1,), statistics="home", learning_rate=0.1
-    )
-    result = tradeoff.run(world, grid, rounds=2, attack=Attack(iterations=50))
-    assert result.points[0].iip > result.points[1].iip
-    assert result.recommended is result.points[1]
-    settings = tomllib.loads(tradeoff.recommended_toml(result))["rounds"]
-    assert check_settings(settings) == settings
-    assert settings["noise"] == "distributed"
-    assert LocalRecipe(**settings["training"]).batch_size == 4
-    html = tradeoff.tradeoff_html(result)
-    assert html.count("<svg") == 3
+        clips=(0.5,), noises=(0.0, 1.0), batch_sizes=(4,), epoch_counts=(1,), statistics="home", learning_rate=0.1,
+        masks="plain",
+    )  # fmt: skip
+    return tradeoff.run(world, grid, rounds=2, audited=2, attack=Attack(iterations=50))
+
+
+def test_the_tradeoff_shows_what_noise_and_masks_do_and_at_what_cost(sweep):
+    plain, masked, noisy = sweep.points
+    assert [p.setting.kind for p in sweep.points] == ["BN home", "BN home, masks", "BN home"]
+    assert plain.iip > noisy.iip
+    assert plain.fresh["psnr_db"] > masked.fresh["psnr_db"]
+    assert (masked.fresh["clients"], plain.fresh["attacks"]) == (4, 2)
+    assert masked.accuracy == plain.accuracy
+    assert [number for number, _ in plain.leaks] == [1, 3]
+    assert sweep.recommended is noisy
+    assert json.loads(json.dumps(sweep.record()))["points"][1]["masked"]
+
+
+def test_the_tradeoffs_page_has_curves_over_noise_and_over_rounds(sweep):
+    html = tradeoff_page.tradeoff_html(sweep)
+    for title in ("Trade-off: IIP", "Attack over noise: PSNR", "Bound over noise", "Attack over rounds"):
+        assert title in html
     assert "<script" not in html
-    json.dumps(result.record())
-    none = replace(result, recommended=None)
+    assert "* clip 0.5, noise 1" in tradeoff_page.as_text(sweep)
+
+
+@pytest.mark.parametrize("chosen", [0, 1, 2])
+def test_the_gateway_opens_rounds_with_the_recommended_setting(sweep, tmp_path, chosen):
+    from gateway.config import load
+    from gateway.round_driver import DRIVER_KEYS, check_settings
+    from gateway.round_plan import RoundPlan, announcement
+
+    text = tradeoff_page.recommended_toml(replace(sweep, recommended=sweep.points[chosen]))
+    path = tmp_path / "gateway.toml"
+    path.write_text('[gateway]\nidentity="i"\nowner="o"\ntrust="t"\nstate="s"\n' + text)
+    settings = check_settings(load(path).rounds)
+    assert not DRIVER_KEYS & set(settings)
+    plan = RoundPlan(1, "m", b"x" * 32, 9, (["head.bias", [10]],), **settings)
+    opened = announcement(plan, 4, 0.0)
+    assert (opened.privacy, opened.noise) == [("clear", "none"), ("masked", "none"), ("masked", "distributed")][chosen]
+    assert opened.privacy == "clear" or opened.survivors == 4
+    assert opened.statistics == "home"
+    assert LocalRecipe(**opened.training).batch_size == 4
+
+
+def test_without_a_setting_within_the_limit_nothing_is_recommended(sweep):
     with pytest.raises(DataError, match="no setting"):
-        tradeoff.recommended_toml(none)
+        tradeoff_page.recommended_toml(replace(sweep, recommended=None))
 
 
 def test_the_demos_pictures_show_both_devices_before_and_after(digits, trained):
@@ -170,7 +195,7 @@ def test_a_chart_marks_the_recommended_point_and_escapes_names():
     svg = page.chart("t", "x", "y<", {"a&b": [(0, 1), (1, 2)]}, marked=(1, 2))
     assert "y&lt;" in svg
     assert "a&amp;b" in svg
-    assert svg.count("<circle") == 3
+    assert svg.count("<circle") == 4  # two points, one in the legend, the ring
     assert page.chart("t", "x", "y", {}) == ""
 
 
