@@ -22,6 +22,7 @@ from edgepriv.wire.transfer import REF_BYTES, Download, chunk_bytes_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
     from types import TracebackType
 
     from typing_extensions import Self
@@ -67,6 +68,8 @@ class GatewayClient:
         *,
         shard: int = 0,
         tls: TlsFiles | None = None,
+        username: str | None = None,
+        password_file: Path | None = None,
         timeout_s: float = 30.0,
         link: PahoLink | None = None,
     ) -> None:
@@ -79,6 +82,8 @@ class GatewayClient:
             gateway: full name of the gateway.
             shard: topic shard that the gateway serves.
             tls: PEM files for ``mqtts``.
+            username: log-in at the broker, where it asks for one.
+            password_file: file that holds the password.
             timeout_s: patience for each request.
             link: an open connection instead of a new one.
 
@@ -90,7 +95,7 @@ class GatewayClient:
             identity, trust, gateway, seq=time.time_ns() // 1000, now=time.time()
         )
         self._epoch_topic, self._topic = topics.up(self.name, shard, "epoch"), topics.up(self.name, shard, "msg")
-        self.link = link or open_link(url, self.name, tls=tls)
+        self.link = link or open_link(url, self.name, tls=tls, username=username, password_file=password_file)
         self._records: dict[bytes, bytes] = {}
         self._replies: dict[bytes, Reply] = {}
         self._notices: dict[bytes, Notice] = {}

@@ -18,16 +18,14 @@ import ssl
 import threading
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path  # noqa: TC003 - the settings reader resolves the annotations
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
 from edgepriv.errors import ConfigError, KeyFileError, UnavailableError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 DEFAULT_MAX_PACKET_BYTES = 262_144
 UNSUPPORTED_VERSION = {0x01, 0x84}  # 3.1.1 and 5 wordings of the same refusal
@@ -84,6 +82,23 @@ class TlsFiles:
     ca: Path
     certificate: Path | None = None
     key: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerSettings:
+    """``[broker]`` of every configuration file: where the broker is and how to log in."""
+
+    url: str
+    ca: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+    username: str | None = None
+    password_file: Path | None = None
+
+    @property
+    def tls(self) -> TlsFiles | None:
+        """Files for ``mqtts``, or None."""
+        return TlsFiles(self.ca, self.certificate, self.key) if self.ca else None
 
 
 def open_link(

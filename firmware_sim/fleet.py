@@ -21,7 +21,6 @@ import numpy as np
 
 from edgepriv import datasets
 from edgepriv.device.config import (
-    BrokerConfig,
     DeviceConfig,
     IdentityConfig,
     ModelConfig,
@@ -35,7 +34,7 @@ from edgepriv.device.infer import Inferer
 from edgepriv.device.start import assemble
 from edgepriv.errors import DataError
 from edgepriv.federated.local_update import LocalUpdate
-from edgepriv.mqtt import open_link
+from edgepriv.mqtt import BrokerSettings, open_link
 from firmware_sim.clock import SkewedClock
 from firmware_sim.network import Hub, VirtualLink
 from firmware_sim.scenario import DIGITS, Scenario, load_scenario
@@ -157,7 +156,7 @@ def _config(folder: Path, name: str, broker: str, scenario: Scenario, rows: list
             gateway="gateway-site",
             state=folder / "devices" / name,
         ),
-        broker=BrokerConfig(broker),
+        broker=BrokerSettings(broker),
         model=ModelConfig(MODEL),
         source=source,
         release=ReleaseConfig(),

@@ -11,7 +11,7 @@ from pathlib import Path  # noqa: TC003 - the settings reader resolves the annot
 from urllib.parse import urlsplit
 
 from edgepriv.errors import ConfigError
-from edgepriv.mqtt import TlsFiles
+from edgepriv.mqtt import BrokerSettings
 from edgepriv.settings import load_settings
 
 
@@ -27,22 +27,12 @@ class GatewaySection:
 
 
 @dataclass(frozen=True, slots=True)
-class BrokerSection:
+class BrokerSection(BrokerSettings):
     """Where the MQTT broker is. ``inflight``: packets sent and not yet acknowledged by the broker."""
 
     url: str = "mqtt://127.0.0.1:1883"
-    ca: Path | None = None
-    certificate: Path | None = None
-    key: Path | None = None
-    username: str | None = None
-    password_file: Path | None = None
     max_packet_bytes: int = 262_144
     inflight: int = 20
-
-    @property
-    def tls(self) -> TlsFiles | None:
-        """Files for ``mqtts``, or None."""
-        return TlsFiles(self.ca, self.certificate, self.key) if self.ca else None
 
 
 @dataclass(frozen=True, slots=True)

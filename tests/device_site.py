@@ -10,7 +10,6 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from edgepriv.device.config import (
-    BrokerConfig,
     DeviceConfig,
     IdentityConfig,
     ModelConfig,
@@ -21,6 +20,7 @@ from edgepriv.device.config import (
     SpoolConfig,
 )
 from edgepriv.device.start import assemble
+from edgepriv.mqtt import BrokerSettings
 from firmware_sim.faults import MemoryBroker
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def device_config(site, name: str, model: Path, broker: str = "mqtt://127.0.0.1:
             gateway="gateway-main",
             state=site.folder / name,
         ),
-        "broker": BrokerConfig(broker),
+        "broker": BrokerSettings(broker),
         "model": ModelConfig(model),
         "source": {"kind": "simulated", "data": "digits", "rows": list(range(40)), "height": 48, "width": 64},
         "release": ReleaseConfig(),

@@ -170,11 +170,9 @@ def _camera(config: DeviceConfig, path: Path, *, wanted: bool) -> Finding:
 def _broker(config: DeviceConfig, *, wanted: bool) -> Finding:
     from edgepriv import doctor as checks
     from edgepriv.keys import load_identity
-    from edgepriv.mqtt import TlsFiles
 
     if not wanted:
         return Finding("broker", SKIPPED, "not asked for")
     b = config.broker
-    tls = TlsFiles(b.ca, b.certificate, b.key) if b.ca else None
     name = load_identity(config.device.key).name
-    return checks.broker(b.url, name, tls=tls, username=b.username, password_file=b.password_file)
+    return checks.broker(b.url, name, tls=b.tls, username=b.username, password_file=b.password_file)

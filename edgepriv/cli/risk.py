@@ -67,7 +67,6 @@ def open_service(config: RiskConfig) -> RiskService:
     from edgepriv.device.purify import OutputPurifier, PurifiedPolicy
     from edgepriv.device.release import parse_policy
     from edgepriv.keys import load_identity
-    from edgepriv.mqtt import TlsFiles
     from edgepriv.risk.service import RiskService
     from edgepriv.risk.worker import open_pool
     from edgepriv.trust_file import TrustFile
@@ -78,12 +77,12 @@ def open_service(config: RiskConfig) -> RiskService:
     config.risk.state.mkdir(parents=True, exist_ok=True)
     trust = TrustFile(config.risk.trust, config.risk.owner, config.risk.state / "trust.version", clock=time.time)
     broker = config.broker
-    tls = TlsFiles(broker.ca, broker.certificate, broker.key) if broker.ca else None
 
     def connect() -> GatewayClient:
         return GatewayClient(
-            broker.url, identity, trust.current(), config.risk.gateway, shard=config.risk.shard, tls=tls
-        )
+            broker.url, identity, trust.current(), config.risk.gateway, shard=config.risk.shard,
+            tls=broker.tls, username=broker.username, password_file=broker.password_file,
+        )  # fmt: skip
 
     pipelines = [parse_policy(spec) for spec in config.audit.policies]
     if config.audit.purifier is not None:

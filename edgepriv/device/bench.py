@@ -15,7 +15,6 @@ import numpy as np
 
 from edgepriv import primitives
 from edgepriv.device.config import (
-    BrokerConfig,
     DeviceConfig,
     IdentityConfig,
     ModelConfig,
@@ -30,6 +29,7 @@ from edgepriv.device.loop import OfflineLink
 from edgepriv.device.release import release
 from edgepriv.device.seal import ModelLabel
 from edgepriv.device.start import assemble
+from edgepriv.mqtt import BrokerSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -78,7 +78,7 @@ def bench_config(site: Path, model: Path, *, gateway: str, device: str, threads:
             gateway,
             site / "bench",
         ),
-        broker=BrokerConfig("mqtt://127.0.0.1:1"),
+        broker=BrokerSettings("mqtt://127.0.0.1:1"),
         model=ModelConfig(model, threads=threads),
         source={"kind": "directory", "path": str(site)},
         release=ReleaseConfig(),

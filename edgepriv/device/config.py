@@ -8,6 +8,7 @@ from typing import Any
 
 from edgepriv.errors import ConfigError
 from edgepriv.federated.self_check import CheckPolicy
+from edgepriv.mqtt import BrokerSettings  # noqa: TC001 - as above
 from edgepriv.settings import load_settings
 
 
@@ -21,18 +22,6 @@ class IdentityConfig:
     gateway: str
     state: Path
     shard: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class BrokerConfig:
-    """``[broker]``: where the broker is and how to log in."""
-
-    url: str
-    ca: Path | None = None
-    certificate: Path | None = None
-    key: Path | None = None
-    username: str | None = None
-    password_file: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +125,7 @@ class DeviceConfig:
     """The whole file."""
 
     device: IdentityConfig
-    broker: BrokerConfig
+    broker: BrokerSettings
     model: ModelConfig
     source: dict[str, Any]
     release: ReleaseConfig = field(default_factory=ReleaseConfig)

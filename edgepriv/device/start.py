@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
-    from edgepriv.device.config import BrokerConfig, DeviceConfig, ReleaseConfig
+    from edgepriv.device.config import DeviceConfig, ReleaseConfig
     from edgepriv.device.infer import Inferer
     from edgepriv.device.ledger import SceneLedger
     from edgepriv.device.release import ReleasePolicy
@@ -40,11 +40,10 @@ if TYPE_CHECKING:
 MAX_MODEL_BYTES = 512 << 20
 
 
-def broker_link(config: BrokerConfig, name: str) -> Link:
+def broker_link(config: mqtt.BrokerSettings, name: str) -> Link:
     """Open the connection that ``[broker]`` describes."""
-    tls = mqtt.TlsFiles(config.ca, config.certificate, config.key) if config.ca else None
     return mqtt.open_link(
-        config.url, name, tls=tls, username=config.username, password_file=config.password_file, inflight=64
+        config.url, name, tls=config.tls, username=config.username, password_file=config.password_file, inflight=64
     )
 
 

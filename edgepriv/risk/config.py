@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path  # noqa: TC003 - the settings reader resolves the annotations
 
 from edgepriv.errors import ConfigError
+from edgepriv.mqtt import BrokerSettings  # noqa: TC001 - as above
 from edgepriv.settings import load_settings
 
 MAX_CANARIES = 32
@@ -22,16 +23,6 @@ class RiskSection:
     state: Path
     shard: int = 0
     poll_s: float = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class BrokerSection:
-    """``[broker]``: where the broker is and how to log in."""
-
-    url: str
-    ca: Path | None = None
-    certificate: Path | None = None
-    key: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +91,7 @@ class RiskConfig:
     """The whole file."""
 
     risk: RiskSection
-    broker: BrokerSection
+    broker: BrokerSettings
     audit: AuditSection
     drift: DriftSection = field(default_factory=DriftSection)
     rounds: RoundsSection = field(default_factory=RoundsSection)

@@ -14,9 +14,9 @@ from edgepriv.datasets import load
 from edgepriv.device.release import parse_policy
 from edgepriv.errors import ConfigError, EdgeprivError, RiskThresholdError, TemporaryError
 from edgepriv.keys import Identity
+from edgepriv.mqtt import BrokerSettings
 from edgepriv.risk.config import (
     AuditSection,
-    BrokerSection,
     DriftSection,
     HttpSection,
     RiskConfig,
@@ -101,7 +101,7 @@ def make(tmp_path):
         settings = {"policies": ("argmax",), "references": 3, "auditors": "ridge", **(audit or {})}
         config = RiskConfig(
             RiskSection(tmp_path / "k", tmp_path / "o", tmp_path / "t", "gateway-main", tmp_path / "state"),
-            BrokerSection("mqtt://127.0.0.1:1"),
+            BrokerSettings("mqtt://127.0.0.1:1"),
             AuditSection(str(probe), **settings),
             DriftSection(every_s=0.0),
         )

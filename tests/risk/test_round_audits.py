@@ -16,10 +16,10 @@ torch = pytest.importorskip("torch")
 from edgepriv import datasets  # noqa: E402
 from edgepriv.cli.risk import risk  # noqa: E402
 from edgepriv.errors import ConfigError, EdgeprivError  # noqa: E402
+from edgepriv.mqtt import BrokerSettings  # noqa: E402
 from edgepriv.risk import models  # noqa: E402
 from edgepriv.risk.config import (  # noqa: E402
     AuditSection,
-    BrokerSection,
     RiskConfig,
     RiskSection,
     RoundsSection,
@@ -91,7 +91,7 @@ def watch(tmp_path):
         settings = RoundsSection(str(tmp_path / "canaries.npz"), "cnn-bn", public_images=200, iterations=60)
         config = RiskConfig(
             RiskSection(tmp_path / "k", tmp_path / "o", tmp_path / "t", "gateway-main", tmp_path / "state"),
-            BrokerSection("mqtt://127.0.0.1:1"),
+            BrokerSettings("mqtt://127.0.0.1:1"),
             AuditSection("digits"),
             rounds=dataclasses.replace(settings, **changes),
         )
