@@ -108,6 +108,19 @@ def rounds_weights(config_path: Path, as_json: bool, file: Path, model: str) -> 
     show(document, as_json, [f"weights {document['digest']} of {model} are the base of the next round"])
 
 
+@rounds.command("reference")
+@CONFIG
+@AS_JSON
+@click.argument("update", type=click.Path(path_type=Path))
+@click.argument("statement", type=click.Path(path_type=Path))
+def rounds_reference(config_path: Path, as_json: bool, update: Path, statement: Path) -> None:
+    """Hand in a signed reference update for the rule fltrust (edgepriv federated reference makes the statement)."""
+    paths = {"update": str(update.resolve()), "statement": str(statement.resolve())}
+    result = ask_daemon(load_config(config_path), "round-reference", paths)
+    document = {"schema": "edgepriv.gateway-reference/1", **json_map(result)}
+    show(document, as_json, [f"the reference of {document['sender']} is used with weights {document['base']}"])
+
+
 @rounds.command("merge")
 @AS_JSON
 @click.option("--base", type=click.Path(path_type=Path), required=True, help="The weights that all shards began with.")

@@ -98,6 +98,7 @@ class Gateway:
         self.rounds = RoundDriver(store, self.roster, self.transfers, settings, self._put_later, clock)
         self.desk.weights = self.rounds.weights
         self.desk.add(QUESTION, {"gateway"}, self.rounds.root.answer)
+        self.desk.add("reference", {"risk", "device"}, self.rounds.references.answer)
         self.uplink = self._make_uplink(identity)
         self.ingest = Ingest(
             store, self.roster, self.sessions, self.transfers, self.presence, self.desk,
@@ -344,6 +345,10 @@ class Gateway:
         on("round-start", lambda a, _who, now: {"round": self.rounds.start(a, now)})
         on("round-stop", self._stop_round)
         on("round-weights", lambda a, _who, _now: self.rounds.set_weights(Path(a["path"]), a["model"]))
+        on(
+            "round-reference",
+            lambda a, _who, now: self.rounds.references.add_files(Path(a["update"]), Path(a["statement"]), now),
+        )
         on("model-add", self._add_model)
         on("model-rollout", self._begin_rollout)
         on("model-halt", lambda a, who, now: self._with_model(a, lambda d: self.models.halt(d, actor=who, now=now)))

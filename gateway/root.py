@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 QUESTION = "shard-round"
 # what every shard decides for itself
-OWN = {"cohort", "publish", "part", "reference", "population", "quorum", "max_epsilon"}
+OWN = {"cohort", "publish", "part", "reference", "reference_by", "population", "quorum", "max_epsilon"}
 RESULT = ("participants", "privacy", "epsilon", "delta")
 
 

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgepriv.errors import ConfigError, DataError, RefusedError, WireError
+from edgepriv.errors import ConfigError, DataError, EdgeprivError, RefusedError, WireError
 from edgepriv.primitives import random_bytes
 from edgepriv.wire import cbor
 from edgepriv.wire.messages import Ack
 from edgepriv.wire.rounds import RoundResult, step_message
 from edgepriv.wire.update import decode_update
 from gateway.conductor import Conductor
+from gateway.references import References, sender_names
 from gateway.root import Root, shard_names
 from gateway.round_plan import RoundPlan
 from gateway.round_ports import DropUpload, OpenUpload, Tell
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from edgepriv.wire.messages import Offer, RoundMessage
+    from edgepriv.wire.trust import TrustList
     from gateway.parted import PartedRound
     from gateway.roster import Roster
     from gateway.round_ports import Outgoing
@@ -37,9 +40,21 @@ if TYPE_CHECKING:
     from gateway.store import Store
     from gateway.transfers import Transfers
 
+log = logging.getLogger("gateway.rounds")
 HEAD = "rounds_head"
-DRIVER_KEYS = {"auto", "pause_s", "min_devices", "active_s", "model", "weights", "shards", "root", "root_shard"}
-FIXED_BY_DRIVER = {"round", "base", "base_bytes", "tensors", "seed", "population", "part"}
+DRIVER_KEYS = {
+    "auto",
+    "pause_s",
+    "min_devices",
+    "active_s",
+    "model",
+    "weights",
+    "shards",
+    "root",
+    "root_shard",
+    "references",
+}
+FIXED_BY_DRIVER = {"round", "base", "base_bytes", "tensors", "seed", "population", "part", "reference", "reference_by"}
 MAX_WEIGHTS_BYTES = 1 << 30
 
 
@@ -125,13 +140,14 @@ class RoundDriver:
     ) -> None:
         self._store, self._roster, self._transfers, self._put, self._clock = store, roster, transfers, put, clock
         self.settings = check_settings(settings)
-        self._pruned = -1
+        self._pruned, self._not_started = -1, ""
         shard_names(self.settings)
+        sender_names(self.settings)
         self.table = RoundTable(store, clock)
         self._offers: dict[tuple[str, bytes], Offer] = {}
         self._progressed: dict[tuple[str, bytes], float] = {}
         self._next_auto = 0.0
-        self.root = Root(self)
+        self.root, self.references = Root(self), References(self, store)
         self.conductor = self._restore()
         if not self.head() and settings.get("weights"):
             self.set_weights(Path(str(settings["weights"])), str(settings.get("model", "model")))
@@ -222,15 +238,27 @@ class RoundDriver:
 
     def _open_automatically(self, now: float) -> None:
         enough = self.root.shards or len(self.active_devices(now)) >= int(self.settings.get("min_devices", 1))
-        if enough and self.head() and not self.settings.get("root"):
+        if not enough or not self.head() or self.settings.get("root"):
+            return
+        try:
             self.start({}, now)
+        except EdgeprivError as error:  # a spent budget or a missing reference: the operator's, not the daemon's end
+            if str(error) != self._not_started:
+                log.warning("no round was started: %s", error)
+            self._not_started = str(error)
 
     def _prune(self) -> None:
         """Weights of rounds long past are deleted, so that the disk does not grow with the number of rounds."""
         ended = self._pruned if self.running else self.table.ended()
         if ended != self._pruned:
             self._pruned = ended
-            self.conductor.prune_models({self.newest_head()["digest"]} if self.head() else set())
+            head = {self.newest_head()["digest"]} if self.head() else set()
+            self.conductor.prune_models(head | self.references.kept())
+
+    @property
+    def trust(self) -> TrustList:
+        """The trust list in force."""
+        return self._roster.trust
 
     @property
     def running(self) -> list[int]:
@@ -284,6 +312,9 @@ class RoundDriver:
         devices = list(changes.get("devices", ())) or self.active_devices(now)
         if not devices:
             raise RefusedError("no device has been heard lately", hint="edgepriv-gateway status")
+        if settings.get("rule") == "fltrust":
+            found = self.references.current(head["digest"], now)
+            settings |= {"reference": found.update, "reference_by": found.sender}
         plan = self._plan(settings, head, len(devices))
         if not changes.get("devices"):
             devices = choose_devices(devices, plan.participation, plan.sample_share)

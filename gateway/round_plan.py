@@ -21,7 +21,8 @@ class RoundPlan:
     ``participation``/``sample_share``: how `gateway.sampling` chose the invited from ``population`` devices.
     ``max_epsilon``: no start past this at ``delta`` (0: no budget). ``statistics``: BatchNorm's running statistics stay
     at ``home`` (then no tensor of the round may be one) or are ``shared`` (then clip and noise cover them too).
-    ``reference``: digest of the trusted update of the rule fltrust, stored beside the models.
+    ``reference``, ``reference_by``: digest of the trusted update of the rule fltrust, and who signed it
+    (`gateway.references`).
     ``publish``: new ``weights``, or this shard's ``partial`` sum for a root (`gateway.shards`).
     ``threshold_active``: floor(2n/3)+1 shares are needed (a lying gateway), else floor(n/2)+1.
     ``max_cohort``: a masked round over more devices is divided into cohorts of at most so many, ``cohorts_at_once`` of
@@ -67,6 +68,7 @@ class RoundPlan:
     max_staleness: int = 1
     rule: str = "mean"
     reference: bytes = b""
+    reference_by: str = ""
     publish: str = "weights"
     server_rate: float = 1.0
     max_cohort: int = 64

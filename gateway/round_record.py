@@ -18,8 +18,9 @@ class RoundRecord:
     """How a round ended, for ever: who took part, what was rejected and why, digests before and after, what it cost.
 
     ``within``: noisy share of the devices that were within the clip, ``clip_after``: the clip that follows from it
-    (adaptive clipping). ``parts``: cohorts or shards with state (``done``, ``out``), reason and number of devices.
-    ``clip``, ``statistics`` and ``training`` are the recipe that devices followed: what an auditor repeats on canaries.
+    (adaptive clipping). ``reference``, ``reference_by``: fltrust's trusted update and its signer. ``parts``: cohorts or
+    shards with state (``done``, ``out``), reason and number of devices. ``clip``, ``statistics`` and ``training`` are
+    the recipe that devices followed: what an auditor repeats on canaries.
     """
 
     round: int
@@ -53,6 +54,8 @@ class RoundRecord:
     within: float = 0.0
     clip_after: float = 0.0
     parts: tuple[tuple[str, str, str, int], ...] = ()
+    reference: bytes = b""
+    reference_by: str = ""
 
     def result(self) -> RoundResult:
         """What devices are told."""
@@ -122,6 +125,8 @@ def closing_record(
         training=dict(plan.training),
         adaptive_clip=plan.adaptive_clip,
         clip_noise=plan.clip_noise,
+        reference=plan.reference,
+        reference_by=plan.reference_by,
         within=finished.within,
         clip_after=finished.clip_after,
     )

@@ -114,6 +114,51 @@ def train_command(architecture: str, weights: Path, *, out: Path, as_json: bool,
     click.echo(json.dumps(result) if as_json else words)
 
 
+@federated.command("reference")
+@click.option(
+    "--update", "update_path", required=True, type=click.Path(path_type=Path), help="Update file to vouch for."
+)
+@click.option(
+    "--base", "base_path", required=True, type=click.Path(path_type=Path), help="Weights that it starts from."
+)
+@click.option(
+    "--key", "key_path", required=True, type=click.Path(path_type=Path), help="Key of the risk service or canary."
+)
+@click.option("--hours", type=click.FloatRange(min=0, min_open=True), default=24.0, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Signed statement to write.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def reference_command(
+    update_path: Path, base_path: Path, key_path: Path, hours: float, out: Path, *, as_json: bool
+) -> None:
+    """Sign a trusted reference update for rounds with the rule fltrust, made on clean data from these very weights."""
+    import hashlib
+    import time
+
+    from edgepriv.keys import load_identity
+    from edgepriv.wire.reference import Reference, sign_reference
+
+    update, base = read_update_file(update_path), read_update_file(base_path)
+    if unknown := update.tensors.keys() - base.tensors.keys():
+        raise DataError(f"the weights have no {min(unknown)!r}: this update is of another model")
+    identity, now = load_identity(key_path), time.time()
+    digests = [hashlib.sha256(path.read_bytes()).digest() for path in (base_path, update_path)]
+    out.write_bytes(
+        sign_reference(
+            Reference(identity.name, base=digests[0], update=digests[1], issued=now, expires=now + 3600 * hours),
+            identity,
+        )
+    )
+    result = {
+        "schema": "edgepriv.federated-reference/1",
+        "sender": identity.name,
+        "base": digests[0].hex(),
+        "update": digests[1].hex(),
+        "out": str(out),
+    }
+    words = f"{identity.name} vouches for {digests[1].hex()} from weights {digests[0].hex()} for {hours:g} h: {out}"
+    click.echo(json.dumps(result) if as_json else words)
+
+
 def _model(architecture: str, weights: Path, data: Any, *, fresh: bool, seed: int) -> Any:
     from edgepriv.risk import models
 
