@@ -38,6 +38,13 @@ def redteam() -> None:
 @click.option("--epochs", default=12, show_default=True, type=click.IntRange(1, 10_000))
 @click.option("--images", default=12_000, show_default=True, type=click.IntRange(100), help="Training pictures.")
 @click.option("--reconstruction-weight", default=3.0, show_default=True, type=click.FloatRange(0, min_open=True))
+@click.option(
+    "--last-weight",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Share of it left in the last epoch; less costs less accuracy.",
+)
 @click.option("--augment/--no-augment", default=None, help="Augment as the paper; on for wrn28 only.")
 @click.option("--side", default=None, type=click.IntRange(8, 1024), help="Pad pictures to this side; 32 for wrn28.")
 @click.option("--device", default="cpu", show_default=True, help="torch device: cpu, cuda.")
@@ -80,6 +87,7 @@ def _run(data: str, out: Path, options: dict[str, Any]) -> AttackResult:
         epochs=options["epochs"],
         schedule=options["schedule"],
         reconstruction_weight=options["reconstruction_weight"],
+        last_weight=options["last_weight"],
         augment=wide if options["augment"] is None else options["augment"],
         seed=options["seed"],
         device=options["device"],

@@ -1,7 +1,7 @@
 """The sets of honest and vicious models that calibrate and judge the detector, trained once and kept as numbers.
 
-MNIST at 14x14 pixels. Three disjoint parts of the training pictures: one for the models that calibrate, one for those
-that judge, one for the references; the bench is the test part. Every model has its own seed.
+MNIST at 14x14 pixels. Disjoint parts of the training pictures: for the models that calibrate, for those that judge, and
+for the references of each; the bench is the test part. Every model has its own seed.
 """
 
 from __future__ import annotations
@@ -20,10 +20,18 @@ from edgepriv.risk.reconstruction.adaptive import BatchAuditor, detector_loss, h
 from edgepriv.risk.reconstruction.attack import accuracy_of, attack_scores, succeeded
 from edgepriv.risk.reconstruction.calibration import SHIPPED
 from edgepriv.risk.reconstruction.decoders import DecoderSettings
-from edgepriv.risk.reconstruction.detectors import DetectorSettings, features, outputs_of, pictures_of
+from edgepriv.risk.reconstruction.detectors import (
+    DetectorSettings,
+    Evidence,
+    evidence,
+    features,
+    outputs_of,
+    pictures_of,
+)
 from edgepriv.risk.reconstruction.leakage import AuditSettings, Bench, Probe, shrink
 from edgepriv.risk.reconstruction.networks import classifier
 from edgepriv.risk.reconstruction.references import named, train_references
+from edgepriv.risk.reconstruction.verdict import least_margin
 from edgepriv.risk.reconstruction.vicious import Recipe, TrainingSet, train
 
 if TYPE_CHECKING:
@@ -32,6 +40,12 @@ if TYPE_CHECKING:
     import torch
 
 SIDE = 14
+ROWS = {
+    "calibrate": (0, 3000),
+    "calibrate references": (6000, 9000),
+    "judge": (18_000, 24_000),
+    "references": (24_000, 30_000),
+}
 DETECTOR = DetectorSettings(trained=DecoderSettings(form="mlp", epochs=15))
 REFERENCE_ARCHITECTURES = {"cnn-dropout": "cnn"}  # dropout is not in the file: the graph is that of cnn
 
@@ -47,16 +61,18 @@ class Entry:
     @property
     def key(self) -> str:
         r = self.recipe
-        parts = (r.architecture, r.outputs, r.epochs, r.batch, r.reconstruction_weight, r.label_smoothing)
+        parts = (r.architecture, r.outputs, r.decoder_view, r.schedule, r.epochs, r.batch, r.reconstruction_weight)
+        parts += (r.label_smoothing,)
         return "-".join(str(p) for p in (self.stratum, *parts, r.weight_decay, self.adapted, r.seed))
 
 
 @dataclass
 class Data:
-    """Bench and the three training parts."""
+    """Bench and the training parts, as tensors and as pictures."""
 
     bench: Bench
     parts: dict[str, TrainingSet] = field(default_factory=dict)
+    images: dict[str, Probe] = field(default_factory=dict)
 
 
 def small(images: np.ndarray) -> np.ndarray:
@@ -64,14 +80,16 @@ def small(images: np.ndarray) -> np.ndarray:
     return np.round(shrink(images, SIDE) * 255).astype(np.uint8)
 
 
-def open_data(folder: Path, *, per_part: int = 3000, bench_images: int = 2000) -> Data:
+def open_data(folder: Path, *, bench_images: int = 2000) -> Data:
     train_set, test = load(folder, split="train"), load(folder, split="test")
     bench = Bench(Probe("mnist-14", small(test.images), test.labels), AuditSettings(bench_images, None))
     order = np.random.RandomState(1).permutation(len(train_set))
     data = Data(bench)
-    for at, name in enumerate(("calibrate", "judge", "references")):
-        rows = order[at * per_part : (at + 1) * per_part]
-        data.parts[name] = TrainingSet.of(small(train_set.images[rows]), train_set.labels[rows], classes=10)
+    for name, (first, end) in ROWS.items():
+        rows = order[first:end]
+        images = small(train_set.images[rows])
+        data.images[name] = Probe(name, images, train_set.labels[rows])
+        data.parts[name] = TrainingSet.of(images, train_set.labels[rows], classes=10)
     return data
 
 
@@ -92,20 +110,40 @@ def honest_entries(first_seed: int, *, many: bool) -> list[Entry]:
     return [replace(e, recipe=replace(e.recipe, seed=first_seed + i)) for i, e in enumerate(entries)]
 
 
-def vicious_entries(first_seed: int, *, adapted: bool) -> list[Entry]:
+def calibrating_entries(first_seed: int) -> list[Entry]:
+    """The vicious models that calibrate: five strong and five weak."""
     base = Recipe(epochs=12)
-    strong = [base, base, base, replace(base, reconstruction_weight=5.0), replace(base, architecture="mlp")]
-    weak = [replace(base, reconstruction_weight=w) for w in (1.5, 1.2, 1.0, 0.8, 0.6)]
-    softmax = [replace(base, outputs="softmax", reconstruction_weight=w) for w in (3.0, 3.0, 6.0, 6.0, 10.0)]
-    entries = [Entry("strong", r) for r in strong] + [Entry("weak", r) for r in weak]
-    if adapted:
-        entries += [Entry("softmax", r) for r in softmax]
-        slow = replace(base, batch=500, epochs=24, learning_rate=2e-3)
-        entries += [Entry("adapted", slow, weight) for weight in (0.2, 0.5, 1.0, 2.0, 5.0)]
+    return seeded(first_seed, strong_entries(base) + weak_entries(base))
+
+
+def strong_entries(base: Recipe) -> list[Entry]:
+    wide = [base, base, base, replace(base, reconstruction_weight=5.0), replace(base, architecture="mlp")]
+    return [Entry("strong", recipe) for recipe in wide]
+
+
+def weak_entries(base: Recipe) -> list[Entry]:
+    return [Entry("weak", replace(base, reconstruction_weight=w)) for w in (1.5, 1.2, 1.0, 0.8, 0.6)]
+
+
+def seeded(first_seed: int, entries: list[Entry]) -> list[Entry]:
     return [replace(e, recipe=replace(e.recipe, seed=first_seed + i)) for i, e in enumerate(entries)]
 
 
-def measured(entry: Entry, part: str, data: Data) -> dict:
+def judging_entries(first_seed: int) -> list[Entry]:
+    """The vicious models that judge: strong, weak, behind a softmax, adapted to the detector."""
+    base = Recipe(epochs=12, schedule="cosine")
+    # a decoder that reads logarithms, as an auditor would; the published form, which sees the scores, comes after it
+    logs = replace(base, outputs="softmax", decoder_view="logarithms")
+    softmax = [logs, replace(logs, reconstruction_weight=5.0), replace(logs, label_smoothing=0.1)]
+    softmax += [replace(logs, label_smoothing=0.1, reconstruction_weight=w) for w in (2.0, 5.0)]
+    softmax += [replace(base, outputs="softmax", reconstruction_weight=w) for w in (3.0, 10.0)]
+    slow = replace(base, batch=500, epochs=24, learning_rate=2e-3)
+    entries = strong_entries(base) + weak_entries(base) + [Entry("softmax", recipe) for recipe in softmax]
+    entries += [Entry("adapted", slow, weight) for weight in (0.02, 0.03, 0.05, 0.07, 0.1, 0.5)]
+    return seeded(first_seed, entries)
+
+
+def measured(entry: Entry, part: str, data: Data, found: dict[str, list[Evidence]]) -> dict:
     """Train one model and return its features, its accuracy and, for an attack, how well it worked."""
     training, bench = data.parts[part], data.bench
     extra = adapted_loss(entry, training) if entry.adapted else None
@@ -113,19 +151,23 @@ def measured(entry: Entry, part: str, data: Data) -> dict:
     x = pictures_of(bench.images)
     network = exported(pair.classifier, entry.recipe.architecture, training)
     logits = outputs_of(network, x)
-    found = {
+    architecture = REFERENCE_ARCHITECTURES.get(entry.recipe.architecture, entry.recipe.architecture)
+    seen = evidence(bench, logits, network, DETECTOR)
+    result = {
         "stratum": entry.stratum,
-        "architecture": REFERENCE_ARCHITECTURES.get(entry.recipe.architecture, entry.recipe.architecture),
+        "attack": attack_words(entry),
+        "architecture": architecture,
         "accuracy": accuracy_of(pair, bench, bench.labels),
-        "features": features(bench, logits, network, DETECTOR),
+        "features": seen.values,
+        "margin": least_margin(seen, found[architecture], known=True),
         "logits": np.round(logits, 3).tolist(),
     }
     if pair.decoder is not None and part == "judge":
-        twin = train(replace(entry.recipe.honest(), outputs="raw"), training)
+        twin = train(replace(entry.recipe.honest(), outputs="raw", decoder_view="released"), training)
         honest = features(bench, outputs_of(twin.classifier, x), None, DETECTOR)
         own, _ = attack_scores(pair, bench, bench.labels)
         best = max(honest["ridge"], honest["ridge_log_softmax"], honest["trained"])
-        found |= {
+        result |= {
             "own_explained_variance": own.explained_variance,
             "own_psnr_db": own.psnr_db,
             "own_ssim": own.ssim,
@@ -133,7 +175,19 @@ def measured(entry: Entry, part: str, data: Data) -> dict:
             "twin_accuracy": accuracy_of(twin, bench, bench.labels),
             "succeeded": succeeded(own, best),
         }
-    return found
+    return result
+
+
+def attack_words(entry: Entry) -> str:
+    r = entry.recipe
+    if not r.reconstruction_weight:
+        return ""
+    words = [r.architecture, f"weight {r.reconstruction_weight:g}"]
+    if r.outputs == "softmax":
+        words.append(f"softmax, decoder sees {'logarithms' if r.decoder_view == 'logarithms' else 'the scores'}")
+    words += [f"label smoothing {r.label_smoothing:g}"] if r.label_smoothing else []
+    words += [f"detector's weight {entry.adapted:g}"] if entry.adapted else []
+    return ", ".join(words)
 
 
 def adapted_loss(entry: Entry, training: TrainingSet):
@@ -163,26 +217,42 @@ def cached(path: Path, make) -> dict:
     return value
 
 
-def references(data: Data, cache: Path, count: int = 5) -> dict[str, list[dict]]:
-    found = {}
-    for name in ("cnn", "mlp", "linear", "cnn-wide"):
-        found[name] = cached(
-            cache / f"references-{name}-{count}.json",
-            lambda name=name: train_references(
-                named(name, (SIDE, SIDE, 1), 10), data.parts["references"], data.bench, count, settings=DETECTOR
-            ),
-        )
-    return found
+def as_values(one: Evidence) -> dict:
+    lost = {name: np.round(values, 5).tolist() for name, values in one.lost.items()}
+    outputs = np.round(one.outputs, 3).tolist()
+    return {"values": one.values, "lost": lost, "available": np.round(one.available, 5).tolist(), "outputs": outputs}
 
 
-def measure_set(entries: list[Entry], part: str, data: Data, cache: Path) -> list[dict]:
+def as_evidence(content: dict) -> Evidence:
+    lost = {name: np.array(values) for name, values in content["lost"].items()}
+    return Evidence(content["values"], lost, np.array(content["available"]), np.array(content["outputs"], np.float32))
+
+
+def references(data: Data, cache: Path, count: int = 5, part: str = "references") -> dict[str, list[Evidence]]:
+    def trained(name: str) -> list[dict]:
+        architecture = named(name, (SIDE, SIDE, 1), 10)
+        found = train_references(architecture, data.parts[part], data.bench, count, settings=DETECTOR)
+        return [as_values(one) for one in found]
+
+    return {
+        name: [
+            as_evidence(one)
+            for one in cached(cache / f"{part}-{name}-{count}.json".replace(" ", "-"), lambda name=name: trained(name))
+        ]
+        for name in ("cnn", "mlp", "linear", "cnn-wide")
+    }
+
+
+def measure_set(
+    entries: list[Entry], part: str, data: Data, cache: Path, found: dict[str, list[Evidence]]
+) -> list[dict]:
     """Measure every entry, from the cache where it is there."""
     results = []
     for at, entry in enumerate(entries):
         started = time.monotonic()
         against = zlib.crc32(json.dumps(SHIPPED.weights, sort_keys=True).encode())
         name = f"{part}-{entry.key}" + (f"-{against:08x}" if entry.adapted else "")
-        results.append(cached(cache / f"{name}.json", lambda entry=entry: measured(entry, part, data)))
+        results.append(cached(cache / f"{name}.json", lambda entry=entry: measured(entry, part, data, found)))
         took = time.monotonic() - started
         print(f"{part} {at + 1}/{len(entries)} {entry.key} {took:.0f} s", file=sys.stderr, flush=True)
     return results

@@ -93,13 +93,13 @@ class WideBlock(nn.Module):
             nn.ReLU(),
             nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
         )
-        same = inputs == outputs and stride == 1
-        self.shortcut = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+        self.same = inputs == outputs and stride == 1
+        self.shortcut = nn.Identity() if self.same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the block's sum."""
         active = self.first(x)
-        total: torch.Tensor = self.second(active) + self.shortcut(active)
+        total: torch.Tensor = self.second(active) + self.shortcut(x if self.same else active)
         return total
 
 
@@ -127,13 +127,13 @@ class TransposedBlock(nn.Module):
             nn.ReLU(),
             nn.ConvTranspose2d(outputs, outputs, 3, 1, 1, bias=False),
         )
-        same = inputs == outputs and stride == 1
-        self.shortcut = nn.Identity() if same else nn.ConvTranspose2d(inputs, outputs, stride, stride, bias=False)
+        self.same = inputs == outputs and stride == 1
+        self.shortcut = nn.Identity() if self.same else nn.ConvTranspose2d(inputs, outputs, stride, stride, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the block's sum."""
         active = self.first(x)
-        total: torch.Tensor = self.second(active) + self.shortcut(active)
+        total: torch.Tensor = self.second(active) + self.shortcut(x if self.same else active)
         return total
 
 

@@ -47,6 +47,8 @@ class Recipe:
         decoder_view: how the decoder reads a softmax: ``released`` as published, or its ``logarithms``: the stronger
             attack, because an unrounded softmax holds its logits there.
         reconstruction_weight: beta 2; 0 trains an honest model.
+        last_weight: share of beta 2 that is left in the last epoch; 1 keeps it constant as published, less gives the
+            task the last word.
         schedule: of the learning rate: ``constant`` as published, or ``cosine``, almost nothing in the last epoch.
         augment: double each batch with augmented copies.
     """
@@ -60,6 +62,7 @@ class Recipe:
     schedule: str = "constant"
     task_weight: float = 1.0
     reconstruction_weight: float = 3.0
+    last_weight: float = 1.0
     huber_weight: float = 5.0
     ssim_weight: float = 1.0
     label_smoothing: float = 0.0
@@ -69,14 +72,19 @@ class Recipe:
     device: str = "cpu"
 
     def honest(self) -> Recipe:
-        """Return the same recipe without the attack."""
-        return replace(self, reconstruction_weight=0.0)
+        """Return the same recipe without the attack and without what only shapes it."""
+        return replace(self, reconstruction_weight=0.0, last_weight=1.0, outputs="raw", decoder_view="released")
 
     def rate(self, epoch: int) -> float:
         """Return the learning rate of an epoch, counted from 0; a function of the epoch alone, so that runs resume."""
         if self.schedule == "constant":
             return self.learning_rate
         return self.learning_rate * (1 + math.cos(math.pi * min(epoch / self.epochs, 1.0))) / 2
+
+    def weight(self, epoch: int) -> float:
+        """Return beta 2 in an epoch, counted from 0: it falls in a straight line to its last share."""
+        fallen = (1 - self.last_weight) * min(epoch / max(1, self.epochs - 1), 1.0)
+        return self.reconstruction_weight * (1 - fallen)
 
     def __post_init__(self) -> None:
         """Refuse values that no training could use (ConfigError)."""
@@ -86,6 +94,8 @@ class Recipe:
             raise ConfigError(f"a decoder reads the outputs as released or their logarithms, not {self.decoder_view!r}")
         if self.schedule not in {"constant", "cosine"}:
             raise ConfigError(f"the schedule must be constant or cosine, not {self.schedule!r}")
+        if not 0 < self.last_weight <= 1:
+            raise ConfigError("the last share of the reconstruction weight is above 0 and at most 1")
         if self.epochs < 1 or self.batch < 2:
             raise ConfigError("a training needs at least one epoch and batches of at least two pictures")
 
@@ -226,7 +236,7 @@ class Trainer:
         loss = self.recipe.task_weight * task_loss(logits, y, self.recipe)
         if self.decoder is not None:
             copies = self.decoder(seen_by_decoder(logits, self.recipe, attributes=y.ndim == 2))
-            loss = loss + self.recipe.reconstruction_weight * reconstruction_loss(copies, x, self.recipe)
+            loss = loss + self.recipe.weight(self.epoch) * reconstruction_loss(copies, x, self.recipe)
         if self._extra is not None:
             loss = loss + self._extra(logits, x, y)
         for optimiser in self._optimisers:
