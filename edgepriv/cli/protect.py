@@ -67,6 +67,7 @@ protect.add_command(audit)
 @click.option("--trainable", default="", help="Initializers that federated rounds may change; never encrypted ones.")
 @click.option("--steps", type=int, help="Training steps of decoy-gates and pss.")
 @click.option("--threads", default=1, show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="Where selection and attackers train: cuda, say.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def protect_model(**flags: Any) -> None:
@@ -74,6 +75,10 @@ def protect_model(**flags: Any) -> None:
     model_path: Path | None = flags["model"]
     from edgepriv.selective_encryption.pipeline import Options, make_bundle
 
+    if flags["device"] != "cpu":
+        from edgepriv.selective_encryption.select import compute
+
+        compute.use(flags["threads"], flags["device"])
     options = Options(**{name: flags[name + "_" if name == "select" else name] for name in Options.__slots__})
     form = input_form(model_path, flags["task"], flags["mean"], flags["scale"], flags["sigma"])
     plain = _plain_model(model_path, flags["arch"], flags["weights"], flags["input_shape"])

@@ -30,12 +30,13 @@ if TYPE_CHECKING:
 @click.option("--no-startup", is_flag=True, help="Do not measure the start-up.")
 @click.option("--max-gain", type=float, help="End with exit code 3 when an attacker gains more.")
 @click.option("--threads", default=1, show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="Where the attackers train: cuda for large networks.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def audit(folder: Path, data: str, original: Path | None, as_json: bool, **flags: Any) -> None:
     """Attack the protected model in FOLDER (the owner's copy: it needs the secrets to know the truth)."""
-    from edgepriv.selective_encryption.select.scoring import use_threads
+    from edgepriv.selective_encryption.select import compute
 
-    use_threads(flags["threads"])
+    compute.use(flags["threads"], flags["device"])
     subject, paper, plain, masked = _subject(folder, original)
     form = InputForm.from_fields(paper.about.get("input", {}))
     train = load_samples(data, form, split="train", limit=flags["limit"])

@@ -11,6 +11,7 @@ import hashlib
 import io
 import os
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import cbor2
@@ -23,7 +24,6 @@ from edgepriv.wire import delivery
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -95,7 +95,7 @@ class Golden:
 
 def write_delivery(
     stream: BinaryIO,
-    files: Mapping[str, bytes | Path],
+    files: Mapping[str, Any],
     golden: Golden,
     limits: Limits,
     issuer: Identity,
@@ -106,13 +106,13 @@ def write_delivery(
 
     Args:
         stream: where to.
-        files: bundle files by name, ``manifest.cbor`` among them: bytes, or a path to copy.
+        files: bundle files by name, ``manifest.cbor`` among them: bytes, arrays of them, or a path to copy.
         golden: inputs and what is right.
         limits: what the self-test demands.
         issuer: signs the list.
         verdicts: the risk service's statements on the exact bytes, by file name (see `wire.delivery`).
     """
-    content: dict[str, bytes | Path] = {GOLDEN: golden.encode(), **files}
+    content: dict[str, Any] = {GOLDEN: golden.encode(), **files}
     digests = {name: _digest(data) for name, data in content.items()}
     body = {"schema": delivery.DELIVERY, "files": digests, "limits": asdict(limits)}
     small = {SIGNED_LIST: manifest.sign_body(body, LIST_USE, issuer), **(verdicts or {})}
@@ -120,7 +120,7 @@ def write_delivery(
 
 
 def pack(
-    files: Mapping[str, bytes | Path],
+    files: Mapping[str, Any],
     golden: Golden,
     limits: Limits,
     issuer: Identity,
@@ -175,8 +175,8 @@ def bare(name: Any) -> bool:
     return isinstance(name, str) and 0 < len(name) < 128 and "/" not in name and not name.startswith(".")
 
 
-def _digest(content: bytes | Path) -> bytes:
-    return hashlib.sha256(content).digest() if isinstance(content, bytes) else file_digest(content)
+def _digest(content: Any) -> bytes:
+    return file_digest(content) if isinstance(content, Path) else hashlib.sha256(memoryview(content)).digest()
 
 
 def file_digest(path: Path) -> bytes:

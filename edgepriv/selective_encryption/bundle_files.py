@@ -29,7 +29,7 @@ ISSUER = "signed-by.pub"
 
 
 def write_bundle(
-    folder: Path, files: Mapping[str, bytes], signed: bytes, secrets: Mapping[str, bytes], issuer: PublicIdentity
+    folder: Path, files: Mapping[str, Any], signed: bytes, secrets: Mapping[str, bytes], issuer: PublicIdentity
 ) -> None:
     """Write a bundle; the manifest comes last, so that a folder with one is whole.
 
@@ -47,8 +47,9 @@ def write_bundle(
     with os.fdopen(fd, "w") as file:
         file.write(text)
     (owner / ISSUER).write_text(issuer.to_text())
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
+    for name, content in files.items():  # bytes, or uint8 arrays that may be gigabytes
+        with (folder / name).open("wb") as file:
+            file.write(memoryview(content))
     (folder / MANIFEST).write_bytes(signed)
 
 

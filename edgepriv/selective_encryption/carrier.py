@@ -68,13 +68,17 @@ def load(path: Path | str) -> onnx.ModelProto:
         raise DataError(f"{path} is not an ONNX model", hint="export one, or give --arch and --weights") from error
     if not model.graph.node:
         raise DataError(f"{path} is not an ONNX model: it has no operators")
-    return normalised(model)
+    return _normalise(model)
 
 
 def normalised(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy whose initializers all hold raw bytes, Constant nodes among them, and no foreign operators."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
+    return _normalise(copy)
+
+
+def _normalise(copy: onnx.ModelProto) -> onnx.ModelProto:
     foreign = {item.domain for item in copy.opset_import} - onnx_bytes.KNOWN_DOMAINS
     if foreign:
         raise DataError(f"the model uses custom operators of {sorted(foreign)}", hint="export it without them")
@@ -108,6 +112,8 @@ def _copy_shared(graph: Any) -> None:
 
 def fold_batchnorm(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
     """Fold each BatchNormalization that directly follows a float convolution; returns model and how many."""
+    if not any(node.op_type == "BatchNormalization" for node in model.graph.node):
+        return model, 0  # no copy of what may be gigabytes
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     tensors = {tensor.name: tensor for tensor in copy.graph.initializer}
@@ -217,7 +223,7 @@ def with_rows(model: onnx.ModelProto, rows: Mapping[str, NDArray[Any]]) -> onnx.
     return copy
 
 
-def file_bytes(model: onnx.ModelProto, stem: str, *, external: bool | None = None) -> dict[str, bytes]:
+def file_bytes(model: onnx.ModelProto, stem: str, *, external: bool | None = None) -> dict[str, bytes | bytearray]:
     """Write a model as files: ``stem.onnx`` and, for large models, ``stem.weights`` beside it.
 
     Args:
@@ -232,24 +238,41 @@ def file_bytes(model: onnx.ModelProto, stem: str, *, external: bool | None = Non
         if size > MAX_INLINE_BYTES:
             raise DataError("a model over 2 GB needs an external weight file")
         return {f"{stem}.onnx": model.SerializeToString(deterministic=True)}
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    blob, at = [], 0
-    for tensor in copy.graph.initializer:
-        if len(tensor.raw_data) < 1024:
-            continue  # shapes and scalars stay inside: shape inference needs them
+    graph, at = _without_initializers(model), 0
+    places = []
+    for tensor in model.graph.initializer:
+        length = len(tensor.raw_data)
+        if length < 1024:  # shapes and scalars stay inside: shape inference needs them
+            graph.graph.initializer.add().CopyFrom(tensor)
+            continue
+        stub = graph.graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+        stub.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in (("location", f"{stem}.weights"), ("offset", str(at)), ("length", str(length))):
+            stub.external_data.add(key=key, value=value)
+        places.append((at, tensor))
+        at += length + -length % ALIGNMENT
+    blob = bytearray(at)
+    for start, tensor in places:
         raw = tensor.raw_data
-        tensor.ClearField("raw_data")
-        tensor.data_location = onnx.TensorProto.EXTERNAL
-        for key, value in (("location", f"{stem}.weights"), ("offset", str(at)), ("length", str(len(raw)))):
-            tensor.external_data.add(key=key, value=value)
-        pad = -len(raw) % ALIGNMENT
-        blob.append(raw + bytes(pad))
-        at += len(raw) + pad
-    return {f"{stem}.onnx": copy.SerializeToString(deterministic=True), f"{stem}.weights": b"".join(blob)}
+        blob[start : start + len(raw)] = raw
+    return {f"{stem}.onnx": graph.SerializeToString(deterministic=True), f"{stem}.weights": blob}
 
 
-def regions(files: Mapping[str, bytes], chosen: list[Layer]) -> list[Region]:
+def _without_initializers(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of everything but the weights, which may be more than a message can be copied with."""
+    copy = onnx.ModelProto()
+    for source, target in ((model, copy), (model.graph, copy.graph)):
+        for field, value in source.ListFields():
+            if field.name in {"graph", "initializer"}:
+                continue
+            if hasattr(value, "MergeFrom"):  # a message or a repeated field
+                getattr(target, field.name).MergeFrom(value)
+            else:
+                setattr(target, field.name, value)
+    return copy
+
+
+def regions(files: Mapping[str, Any], chosen: list[Layer]) -> list[Region]:
     """Where the layers' units lie in written files, by the parser that devices use."""
     names = list(files)
     graph = onnx_bytes.parse(files[names[0]])

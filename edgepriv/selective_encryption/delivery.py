@@ -5,8 +5,8 @@ mirror, a memory stick. TUF gives what a signature alone does not: no rollback t
 its expiry, no mix of old and new files. The root file is pinned by the owner: ``root.json.owner`` is the owner's
 Ed25519 signature over the first root, and a device believes no other first root.
 
-Rules: this runs as a one-shot process (`edgepriv model pull`, `install`), because TUF costs tens of MB; the long-lived runtime
-never imports it. The keys of the TUF roles are raw Ed25519 seeds in the owner's folder.
+Rules: this runs as a one-shot process (`edgepriv model pull`, `install`), because TUF costs tens of MB; the long-lived
+runtime never imports it. The keys of the TUF roles are raw Ed25519 seeds in the owner's folder.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ MODEL_ID_BYTES = 16
 DIGEST_BYTES = 32
 MAX_LEVELS = 64
 MAX_REGIONS = 65_536
+PART_BYTES = 1 << 28
 _PART = struct.Struct("<II")
 
 
@@ -117,22 +118,40 @@ def file_key(first_key: bytes, binding: Binding) -> bytes:
     return primitives.hkdf(first_key, 32, salt=binding.model_id, info=b"edgepriv/pss/file/v1")
 
 
-def seal_file(first_key: bytes, binding: Binding, index: int, content: bytes | memoryview) -> bytes:
-    """Seal one whole file of the model (``full`` mode)."""
-    nonce = primitives.random_bytes(primitives.NONCE_BYTES)
-    aad = binding.encode(0) + struct.pack("<H", index)
-    return nonce + primitives.aead_seal(file_key(first_key, binding), nonce, content, aad)
+def seal_file(first_key: bytes, binding: Binding, index: int, content: bytes | memoryview) -> bytearray:
+    """Seal one whole file of the model (``full`` mode), part by part: libraries do not take 2 GB in one piece.
+
+    Each part is ``nonce (12) | ciphertext | tag (16)``; its associated data says which part of how many it is.
+    """
+    key, view = file_key(first_key, binding), memoryview(content).cast("B")
+    count = max(1, -(-len(view) // PART_BYTES))
+    out = bytearray()
+    for number in range(count):
+        nonce = primitives.random_bytes(primitives.NONCE_BYTES)
+        part = view[number * PART_BYTES : (number + 1) * PART_BYTES]
+        out += nonce
+        out += primitives.aead_seal(key, nonce, part, _file_aad(binding, index, number, count))
+    return out
 
 
-def unseal_file(first_key: bytes, binding: Binding, index: int, sealed: bytes | memoryview) -> bytes:
+def unseal_file(first_key: bytes, binding: Binding, index: int, sealed: bytes | memoryview) -> bytearray:
     """Open one whole file, or raise AuthenticationError."""
-    view = memoryview(sealed).cast("B")
-    if len(view) < primitives.NONCE_BYTES + primitives.TAG_BYTES:
-        raise primitives.not_authentic()
-    aad = binding.encode(0) + struct.pack("<H", index)
-    return primitives.aead_open(
-        file_key(first_key, binding), bytes(view[: primitives.NONCE_BYTES]), view[primitives.NONCE_BYTES :], aad
-    )
+    key, view = file_key(first_key, binding), memoryview(sealed).cast("B")
+    overhead = primitives.NONCE_BYTES + primitives.TAG_BYTES
+    step = PART_BYTES + overhead
+    count = max(1, -(-len(view) // step))
+    out = bytearray()
+    for number in range(count):
+        part = view[number * step : (number + 1) * step]
+        if len(part) < overhead:
+            raise primitives.not_authentic()
+        nonce, body = bytes(part[: primitives.NONCE_BYTES]), part[primitives.NONCE_BYTES :]
+        out += primitives.aead_open(key, nonce, body, _file_aad(binding, index, number, count))
+    return out
+
+
+def _file_aad(binding: Binding, index: int, number: int, count: int) -> bytes:
+    return binding.encode(0) + struct.pack("<HII", index, number, count)
 
 
 def encode_segment(

@@ -9,9 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from edgepriv.errors import RefusedError
 from edgepriv.primitives import random_bytes
 from edgepriv.selective_encryption import calibrate, carrier, protection
+from edgepriv.selective_encryption.restore import Restored
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -97,8 +100,11 @@ def _scores(plain: Any, layers: Any, options: Options, train: Samples | None, lo
         log("no --data: the training-free score 'magnitude' is used, and nothing is measured")
         from edgepriv.selective_encryption.select.scores import magnitude
 
-        return magnitude({layer.name: carrier.weight_rows(plain, layer) for layer in layers}), "magnitude"
-    reference = calibrate.outputs(next(iter(carrier.file_bytes(plain, "m", external=False).values())), train.x[:8])
+        return magnitude((layer.name, carrier.weight_rows(plain, layer)) for layer in layers), "magnitude"
+    files = carrier.file_bytes(plain, "m")
+    runnable = Restored(0, b"", 0, tuple(files), [np.frombuffer(content, np.uint8) for content in files.values()])
+    reference = calibrate.outputs(runnable, train.x[:8])
+    del files, runnable
     scores, used = unit_scores(
         plain,
         layers,

@@ -77,9 +77,9 @@ class LevelPlan:
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """What `finish` made: public files by name, the signed manifest, and the owner's top key."""
+    """What `finish` made: public files by name (bytes or uint8 arrays), the signed manifest, the owner's top key."""
 
-    files: dict[str, bytes]
+    files: dict[str, Any]
     manifest: bytes
     key: bytes
     decoded: Manifest
@@ -111,18 +111,24 @@ def draft(
         external: force or forbid a separate weight file.
     """
     choice = choose(scores, layers, share, scope=scope)
-    rows = masked_rows(model, layers, choice.selected, secret=secret, model_id=model_id, kind=kind)
-    true_files = carrier.file_bytes(model, "carrier", external=external)
-    fake_files = carrier.file_bytes(carrier.with_rows(model, rows), "carrier", external=external)
+    files = carrier.file_bytes(model, "carrier", external=external)
+    plain = [np.frombuffer(content, np.uint8) for content in files.values()]
+    regions = carrier.regions(files, layers)
+    masked = [content.copy() for content in plain]
+    for layer, region in zip(layers, regions, strict=True):
+        hidden = choice.selected[layer.name]
+        if hidden.any():
+            fake = masked_rows(model, [layer], choice.selected, secret=secret, model_id=model_id, kind=kind)[layer.name]
+            region.rows(masked)[hidden] = np.ascontiguousarray(fake[hidden]).view(f"V{region.unit_bytes}").reshape(-1)
     chosen = sum(int(choice.selected[layer.name].sum()) * layer.unit_size for layer in layers)
     return Draft(
         model,
         layers,
         choice,
-        tuple(true_files),
-        carrier.regions(true_files, layers),
-        [np.frombuffer(content, np.uint8).copy() for content in true_files.values()],
-        [np.frombuffer(content, np.uint8).copy() for content in fake_files.values()],
+        tuple(files),
+        regions,
+        plain,
+        masked,
         weight_share(choice, layers),
         chosen / _all_weights(model),
     )
@@ -224,7 +230,7 @@ def finish(
         raise ConfigError(f"trainable tensors are encrypted: {sorted(hidden & set(trainable))}")
     binding = Binding(model_id, version, levels.model_digest(made.masked))
     key, top = primitives.random_bytes(32), len(plans)
-    files: dict[str, bytes] = {}
+    files: dict[str, Any] = {}
     entries, done = [], 0
     for number, plan in enumerate(plans, 1):
         level_key = levels.key_at(key, model_id, top, number)
@@ -240,7 +246,7 @@ def finish(
         name,
         binding,
         mode,
-        tuple(_entry(n, content.tobytes()) for n, content in zip(made.names, made.masked, strict=True)),
+        tuple(_entry(n, content) for n, content in zip(made.names, made.masked, strict=True)),
         tuple(made.regions),
         tuple(entries),
         now_s,
@@ -249,15 +255,16 @@ def finish(
     )
     first = levels.key_at(key, model_id, top, 1)
     for index, (entry, content) in enumerate(zip(paper.files, made.masked, strict=True)):
-        clear = content.tobytes()
-        files[paper.stored_name(entry)] = levels.seal_file(first, binding, index, clear) if paper.sealed else clear
+        public: Any = content.view()
+        public.flags.writeable = False  # it may be opened in memory, which patches what can be written
+        files[paper.stored_name(entry)] = (
+            levels.seal_file(first, binding, index, public.data) if paper.sealed else public
+        )
     return Bundle(files, manifest.encode_manifest(paper, issuer), key, paper)
 
 
-def _entry(name: str, content: bytes) -> manifest.FileEntry:
-    import hashlib
-
-    return manifest.FileEntry(name, len(content), hashlib.sha256(content).digest())
+def _entry(name: str, content: Any) -> manifest.FileEntry:
+    return manifest.FileEntry(name, len(content), levels.model_digest([content]))
 
 
 def _by_region(rows: NDArray[np.int64]) -> dict[int, NDArray[np.int64]]:

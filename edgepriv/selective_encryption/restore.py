@@ -192,7 +192,8 @@ def _stored(stored: Mapping[str, Any], name: str) -> Any:
 def _array(content: Any) -> NDArray[np.uint8]:
     if isinstance(content, np.ndarray) and content.flags.writeable and content.dtype == np.uint8:
         return np.asarray(content)
-    return np.frombuffer(content, np.uint8).copy()
+    array = np.frombuffer(content, np.uint8)
+    return array if array.flags.writeable else array.copy()
 
 
 def _check_regions(paper: manifest.Manifest, graph_bytes: NDArray[np.uint8]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from edgepriv import primitives
@@ -19,7 +20,6 @@ from edgepriv.wire import cbor
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
-    from pathlib import Path
 
 DELIVERY, SHIPMENT = "edgepriv.delivery/1", "edgepriv.shipment/1"
 MANIFEST, VERDICT = "manifest.cbor", "verdict.cbor"
@@ -96,20 +96,22 @@ def is_one(stream: BinaryIO, schema: str) -> bool:
         return False
 
 
-def write(stream: BinaryIO, schema: str, files: Mapping[str, bytes | Path]) -> None:
-    """Write a delivery or shipment; contents are bytes or files to copy."""
+def write(stream: BinaryIO, schema: str, files: Mapping[str, Any]) -> None:
+    """Write a delivery or shipment; contents are bytes, arrays of them, or paths of files to copy."""
     stream.write(_encoded_head(_MAP, 2) + _encoded_text("schema") + _encoded_text(schema) + _encoded_text("files"))
     stream.write(_encoded_head(_MAP, len(files)))
     for name, content in files.items():
         if not _good_name(name):
             raise WireError(f"a file of a delivery cannot be named {name!r}")
         stream.write(_encoded_text(name))
-        if isinstance(content, bytes):
-            stream.write(_encoded_head(_BYTES, len(content)) + content)
-        else:
+        if isinstance(content, Path):
             stream.write(_encoded_head(_BYTES, content.stat().st_size))
             with content.open("rb") as file:
                 shutil.copyfileobj(file, stream, 1 << 20)
+        else:
+            view = memoryview(content)
+            stream.write(_encoded_head(_BYTES, view.nbytes))
+            stream.write(view)
 
 
 # --- what a carrier of deliveries may know: which bytes would run, and what was said of them -------------------

@@ -229,3 +229,46 @@ def test_an_object_is_pulled_in_ranges_and_handed_on_only_when_its_digest_is_rig
     assert pull.want(digest, len(raw)) is None
     with pytest.raises(WireError):
         pull.on_chunk(Chunk(digest[:16], 99, b""))
+
+
+def serve(pull, raw, asked, most=10**9):
+    """Answer what is asked for until nothing is, or ``most`` chunks were sent; returns how many."""
+    sent = 0
+    while sent < most:
+        asked.clear()
+        pull.step(0.0)
+        if not asked:
+            break
+        for fetch in asked:
+            for i in range(fetch.first, min(fetch.first + fetch.count, fetch.first + most - sent)):
+                pull.on_chunk(Chunk(fetch.ref, i, raw[i * fetch.chunk_bytes : (i + 1) * fetch.chunk_bytes]))
+                sent += 1
+    return sent
+
+
+def test_a_download_goes_on_after_a_restart_and_survives_a_damaged_disk(tmp_path):
+    raw = np.random.default_rng(0).bytes(100 * 65_536)
+    digest, asked = hashlib.sha256(raw).digest(), []
+    folder = tmp_path / "objects"
+    options = {"max_bytes": len(raw)}
+    pull = fetcher(folder, MemoryLink(), asked)
+    assert pull.want(digest, len(raw), **options) is None
+    assert serve(pull, raw, asked, most=70) == 70
+    pull = fetcher(folder, MemoryLink(), asked)  # a new process
+    assert pull.want(digest, len(raw), **options) is None
+    assert serve(pull, raw, asked) == 100 - 64  # what was noted at 64 chunks is not asked for again
+    assert pull.want(digest, len(raw)).read_bytes() == raw
+    pull.discard(digest)
+
+    assert pull.want(digest, len(raw), **options) is None
+    serve(pull, raw, asked, most=70)
+    part = folder / f"{digest.hex()}.part"
+    part.write_bytes(b"x" + part.read_bytes()[1:])
+    pull = fetcher(folder, MemoryLink(), asked)
+    assert pull.want(digest, len(raw), **options) is None
+    serve(pull, raw, asked)
+    assert pull.failed == 1  # the digest finds it, and all is fetched anew
+    assert pull.want(digest, len(raw), **options) is None
+    assert serve(pull, raw, asked) == 100
+    assert pull.want(digest, len(raw)).read_bytes() == raw
+    assert [path.name for path in folder.iterdir()] == [digest.hex()]

@@ -186,18 +186,47 @@ def test_an_encrypted_tensor_is_never_trainable(protected, digits_model, tmp_pat
         )
 
 
-def test_a_named_architecture_with_weights_is_protected_without_data(tmp_path):
+def protect_denoiser(folder, *more, size="1,32,32"):
     from safetensors.torch import save_file
 
     network = architectures.build("dncnn")
-    save_file({k: v.contiguous() for k, v in network.state_dict().items()}, str(tmp_path / "w.safetensors"))
-    report = command(
-        *("protect", "--arch", "dncnn", "--weights", tmp_path / "w.safetensors", "--input", "1,32,32"),
-        *("--out", tmp_path / "p", "--task", "denoise", "--json"),
+    save_file({k: v.contiguous() for k, v in network.state_dict().items()}, str(folder / "w.safetensors"))
+    return command(
+        *("protect", "--arch", "dncnn", "--weights", folder / "w.safetensors", "--input", size),
+        *("--out", folder / "p", "--task", "denoise", "--json", *more),
     )
+
+
+def test_a_named_architecture_with_weights_is_protected_without_data(tmp_path):
+    report = protect_denoiser(tmp_path)
     assert report["selection"] == "magnitude"
     assert report["plain"] is None
     assert (tmp_path / "p" / "carrier.onnx").is_file()
+
+
+def test_a_denoiser_is_delivered_and_judged_by_its_psnr(site, tmp_path):
+    options = ("--data", "digits", "--limit", "60", "--check", "none", "--issuer", site / "owner.key")
+    protect_denoiser(tmp_path, *options, size="1,8,8")
+    permission = tmp_path / "permission"
+    command(
+        *("grant", "--model", tmp_path / "p", "--level", 1, "--device", site / "cam1.key.pub"),
+        *("--expires", "2099-01-01", "--out", permission, "--issuer", site / "owner.key"),
+    )
+
+    def publish(*more):
+        command(
+            *("model", "publish", tmp_path / "p", "--repository", tmp_path / "repo", "--owner", site / "owner.key"),
+            *("--data", "digits", "--golden", "4", *more),
+        )
+
+    pull = ("model", "pull", "--config", site / "device.toml", "--repository", tmp_path / "repo", "--name", "dncnn")
+    publish("--min-psnr-db", "99")
+    with pytest.raises(RefusedError, match=r"dB is below 99\.00 dB"):
+        command(*pull, "--permission", permission)
+    publish("--min-psnr-db", "5")
+    report = command(*pull, "--permission", permission, "--json")
+    assert report["unit"] == "dB"
+    assert 5 < report["quality"] < 60
 
 
 def test_bad_models_are_clear_errors(tmp_path):

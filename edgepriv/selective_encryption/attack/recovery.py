@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from edgepriv.selective_encryption.select import compute
 from edgepriv.selective_encryption.select.network import Network
 from edgepriv.selective_encryption.select.scoring import task_loss
 
@@ -69,7 +70,7 @@ def recalibrate(target: Target, data: Samples, test: Samples) -> float:
     network = Network(target.model)
     if not network.norms:
         network = Network(target.model, extra_norm=True)
-    _recalibrated(network, _tensor(data.x))
+    _recalibrated(network, compute.tensor(data.x))
     return judge(network, test)
 
 
@@ -93,7 +94,7 @@ def fine_tune(
     """Train everything on labelled data, statistics recalibrated first; ``extra_norm`` re-inserts BatchNorm."""
     torch.manual_seed(seed)
     network = Network(target.model, extra_norm=extra_norm)
-    _recalibrated(network, _tensor(data.x))
+    _recalibrated(network, compute.tensor(data.x))
     _train(network, list(network.parameters()), data, recipe)
     return judge(network, test)
 
@@ -117,7 +118,7 @@ def known_positions(
             weight = network.weight(name)
             weight.requires_grad_(True)
             mask = torch.from_numpy(units).reshape(-1, 1).expand(len(units), weight.numel() // len(units))
-            weight.register_hook(_Keep(mask.reshape(weight.shape).float()))  # type: ignore[no-untyped-call]
+            weight.register_hook(_Keep(mask.reshape(weight.shape).to(weight.device).float()))  # type: ignore[no-untyped-call]
             open_weights.append(weight)
     _train(network, open_weights, data, recipe, decay=0.0)
     return judge(network, test)
@@ -155,14 +156,14 @@ def judge(network: Network, test: Samples) -> float:
     """Quality on the test data."""
     network.eval()
     with torch.no_grad():
-        parts = [network(part) for part in torch.split(_tensor(test.x), EVALUATION_BATCH)]
-    return test.quality(torch.cat(parts).numpy())
+        parts = [network(part) for part in torch.split(compute.tensor(test.x), EVALUATION_BATCH)]
+    return test.quality(torch.cat(parts).cpu().numpy())
 
 
 def _train(
     network: Network, parameters: Sequence[torch.Tensor], data: Samples, recipe: Recipe, *, decay: float = 5e-4
 ) -> None:
-    x, y = _tensor(data.x), torch.from_numpy(np.ascontiguousarray(data.y))
+    x, y = compute.tensor(data.x), compute.tensor(data.y)
     optimizer = torch.optim.SGD(parameters, lr=recipe.rate, momentum=0.9, nesterov=True, weight_decay=decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.rate, total_steps=recipe.steps, pct_start=0.2)
     network.train()
@@ -186,14 +187,10 @@ def _varied(x: torch.Tensor, y: torch.Tensor, task: str, recipe: Recipe) -> tupl
     if task != "classify":
         return x, y
     if recipe.flip:
-        x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x, x.flip(3))
+        x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x, x.flip(3))
     reach = int(recipe.shift_share * x.shape[2])
     if reach:
         down, right = (int(v) for v in torch.randint(0, 2 * reach + 1, (2,)))
         padded = functional.pad(x, (reach,) * 4)
         x = padded[:, :, down : down + x.shape[2], right : right + x.shape[3]]
     return x.contiguous(memory_format=torch.channels_last), y
-
-
-def _tensor(x: NDArray[np.float32]) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(x)).contiguous(memory_format=torch.channels_last)

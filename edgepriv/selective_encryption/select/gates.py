@@ -32,7 +32,7 @@ def _stretch(s: torch.Tensor) -> torch.Tensor:
 
 
 def _sampled(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    u = torch.rand(logits.shape, generator=generator).clamp(1e-6, 1 - 1e-6)
+    u = torch.rand(logits.shape, generator=generator).to(logits.device).clamp(1e-6, 1 - 1e-6)
     return _stretch(torch.sigmoid((u.log() - (1 - u).log() + logits) / TEMPERATURE))
 
 
@@ -67,7 +67,7 @@ def pss_gates(
     for layer in layers:
         rows = network.rows(layer.name, layer.units)
         shape = network.weight(layer.name).shape
-        logits = torch.normal(1.0, 1e-5, (layer.units, 1), generator=generator).requires_grad_()
+        logits = torch.normal(1.0, 1e-5, (layer.units, 1), generator=generator).to(rows.device).requires_grad_()
         optimizer = torch.optim.SGD([logits], lr=0.1, momentum=0.9, nesterov=True)
         for _ in range(steps):
             pick = torch.randint(len(x), (min(batch, len(x)),), generator=generator)
@@ -79,7 +79,7 @@ def pss_gates(
             optimizer.step()
             with torch.no_grad():
                 logits.clamp_(*LOGIT_RANGE)
-        scores[layer.name] = logits.detach()[:, 0].double().numpy()
+        scores[layer.name] = logits.detach()[:, 0].double().cpu().numpy()
     network.requires_grad_(requires_grad=True)
     return scores
 
@@ -105,13 +105,13 @@ def decoy_gates(
     network.requires_grad_(requires_grad=False)
     generator = torch.Generator().manual_seed(seed)
     true = {layer.name: network.rows(layer.name, layer.units) for layer in layers}
-    logits = {layer.name: torch.zeros(layer.units, 1, requires_grad=True) for layer in layers}
+    logits = {n: torch.zeros(len(rows), 1, device=rows.device, requires_grad=True) for n, rows in true.items()}
     optimizer = torch.optim.Adam(list(logits.values()), lr=0.1)
     for _ in range(steps):
         pick = torch.randint(len(x), (min(batch, len(x)),), generator=generator)
         mixed = {}
         for name, rows in true.items():
-            noise = rows.mean(0) + rows.std(0) * torch.randn(rows.shape, generator=generator)
+            noise = rows.mean(0) + rows.std(0) * torch.randn(rows.shape, generator=generator).to(rows.device)
             gate = _sampled(logits[name], generator)
             mixed[name] = (rows * (1 - gate) + gate * noise).reshape(network.weight(name).shape)
         harm = loss(network(x[pick], mixed), y[pick])
@@ -121,4 +121,4 @@ def decoy_gates(
         cost.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     network.requires_grad_(requires_grad=True)
-    return {name: logit.detach()[:, 0].double().numpy() for name, logit in logits.items()}
+    return {name: logit.detach()[:, 0].double().cpu().numpy() for name, logit in logits.items()}

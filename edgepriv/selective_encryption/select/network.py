@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from edgepriv.errors import DataError
+from edgepriv.selective_encryption.select import compute
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -48,6 +49,8 @@ class Network(nn.Module):
         self._load(model)
         for node in model.graph.node:
             self._add(node, extra_norm=extra_norm)
+        self.to(compute.device())
+        self._fixed = {name: value.to(compute.device()) for name, value in self._fixed.items()}
 
     def _load(self, model: Any) -> None:
         trainable = {

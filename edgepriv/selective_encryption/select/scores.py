@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from numpy.typing import NDArray
 
@@ -49,13 +49,13 @@ def fisher(network: Network, layers: Sequence[Layer], x: torch.Tensor, y: torch.
         rows = network.rows(layer.name, layer.units)
         spread = (rows - rows.mean(0)) ** 2 + rows.var(0, unbiased=False)
         square = squares[layer.name].contiguous(memory_format=torch.contiguous_format).reshape(rows.shape)
-        scores[layer.name] = (square * spread).sum(1).double().numpy()
+        scores[layer.name] = (square * spread).sum(1).double().cpu().numpy()
     return scores
 
 
-def magnitude(rows: dict[str, NDArray[np.float64]]) -> Scores:
-    """Norm of each unit relative to the layer's size: needs neither data nor a graph that torch can run."""
-    return {name: np.linalg.norm(w.astype(np.float64), axis=1) for name, w in rows.items()}
+def magnitude(rows: Iterable[tuple[str, NDArray[Any]]]) -> Scores:
+    """Norm of each unit: needs neither data nor a graph that torch can run. ``rows``: layer name and weights."""
+    return {name: np.linalg.norm(w.astype(np.float64), axis=1) for name, w in rows}
 
 
 def random_scores(layers: Sequence[Layer], seed: int) -> Scores:

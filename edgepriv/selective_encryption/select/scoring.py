@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from edgepriv.errors import ConfigError
 from edgepriv.selective_encryption import carrier
+from edgepriv.selective_encryption.select import compute
 from edgepriv.selective_encryption.select.gates import decoy_gates, pss_gates
 from edgepriv.selective_encryption.select.network import Network, UnsupportedModelError
 from edgepriv.selective_encryption.select.scores import fisher, magnitude, random_scores
@@ -24,11 +25,6 @@ if TYPE_CHECKING:
 
 STRATEGIES = ("fisher", "decoy-gates", "pss", "magnitude", "random")
 AGREEMENT = 1e-3
-
-
-def use_threads(count: int) -> None:
-    """Bound the threads that torch may use in this process."""
-    torch.set_num_threads(count)
 
 
 def task_loss(task: str, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -73,13 +69,13 @@ def unit_scores(
     if strategy == "random":
         return random_scores(layers, seed), strategy
     if strategy == "magnitude":
-        return magnitude({layer.name: carrier.weight_rows(model, layer) for layer in layers}), strategy
+        return magnitude((layer.name, carrier.weight_rows(model, layer)) for layer in layers), strategy
     torch.set_num_threads(threads)
     try:
         network = Network(model)
         _check_agreement(network, x, reference)
     except UnsupportedModelError:
-        return magnitude({layer.name: carrier.weight_rows(model, layer) for layer in layers}), "magnitude"
+        return magnitude((layer.name, carrier.weight_rows(model, layer)) for layer in layers), "magnitude"
     return _trained(network, layers, strategy, task, x, y, seed, steps), strategy
 
 
@@ -93,8 +89,7 @@ def _trained(
     seed: int,
     steps: int | None,
 ) -> Scores:
-    tx, ty = torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(np.ascontiguousarray(y))
-    tx = tx.contiguous(memory_format=torch.channels_last)
+    tx, ty = compute.tensor(x), compute.tensor(y)
 
     def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return task_loss(task, outputs, targets)
@@ -111,7 +106,7 @@ def _check_agreement(network: Network, x: NDArray[np.float32], reference: NDArra
         return
     network.eval()
     with torch.no_grad():
-        ours = network(torch.from_numpy(x[: len(reference)])).numpy()
+        ours = network(compute.tensor(x[: len(reference)])).cpu().numpy()
     scale = float(np.abs(reference).max()) + 1e-6
     if ours.shape != reference.shape or float(np.abs(ours - reference).max()) > AGREEMENT * scale:
         raise UnsupportedModelError("the torch copy does not agree with the runtime")
