@@ -44,16 +44,17 @@ def load(spec: str | Path, *, split: str = "train", limit: int | None = None) ->
 
     Args:
         spec: ``digits`` or a path, see the module.
-        split: ``train`` or ``test``; ``all`` joins both. Digits and folders are split 80 : 20 by a fixed rule.
+        split: ``train`` or ``test``; ``all`` joins both, ``whole`` keeps the order in which they lie. Digits, files and
+            folders of pictures are split 80 : 20 by a fixed rule.
         limit: keep only the first ``limit`` images.
 
     Raises:
         MissingFileError: nothing is there.
         DataError: something is there, but it is not a data set of a known form.
     """
-    if split not in {"train", "test", "all"}:
-        raise DataError(f"unknown split {split!r}", hint="use train, test or all")
-    if split == "all":
+    if split not in {"train", "test", "all", "whole"}:
+        raise DataError(f"unknown split {split!r}", hint="use train, test, all or whole")
+    if split == "all" or (split == "whole" and _comes_in_two_parts(spec)):
         data = _join(load(spec, split="train"), load(spec, split="test"))
     elif str(spec) == "digits":
         data = _part(_digits(), split)
@@ -79,6 +80,12 @@ def _load_path(path: Path, split: str) -> Dataset:
     if release.is_file():
         return _part(_npz(release), split)
     return _part(_image_folder(path), split)
+
+
+def _comes_in_two_parts(spec: str | Path) -> bool:
+    """Whether the data set itself says which images are for training: MNIST and CIFAR folders do."""
+    path = Path(spec)
+    return path.is_dir() and any(finder(path, "train") is not None for finder in (_find_idx, _find_cifar))
 
 
 def _load_file(path: Path) -> Dataset:
@@ -218,6 +225,8 @@ def _pillow() -> Any:
 
 
 def _part(data: Dataset, split: str) -> Dataset:
+    if split == "whole":
+        return data
     keep: Callable[[int], bool] = (lambda i: i % 5 != 4) if split == "train" else (lambda i: i % 5 == 4)
     rows = np.array([i for i in range(len(data)) if keep(i)], np.int64)
     return Dataset(data.name, data.images[rows], data.labels[rows], data.class_names)

@@ -36,6 +36,7 @@ def test_idx_files(tmp_path, pack):
     assert data.labels.dtype == np.int64
     assert len(datasets.load(tmp_path / "m", split="test")) == 4
     assert len(datasets.load(tmp_path / "m", split="all")) == 14
+    assert len(datasets.load(tmp_path / "m", split="whole")) == 14
     assert len(datasets.load(tmp_path / "m", limit=3)) == 3
     one = tmp_path / "m" / f"train-images-idx3-ubyte{'.gz' if pack else ''}"
     assert len(datasets.load(one)) + len(datasets.load(one, split="test")) == 10
@@ -103,6 +104,8 @@ def test_a_release_file(tmp_path):
     path = tmp_path / "release.npz"
     np.savez(path, images=np.zeros((10, 3, 3), np.uint8), labels=np.arange(10) % 2)
     assert datasets.load(tmp_path, split="all").images.shape == (10, 3, 3, 1)
+    assert datasets.load(path, split="whole").labels.tolist() == [0, 1] * 5  # in the file's order
+    assert datasets.load(path, split="all").labels.tolist() == [0, 1, 0, 1, 1, 0, 1, 0, 0, 1]
     np.savez(path, images=np.zeros((10, 3, 3), np.float32), labels=np.arange(10) % 2)
     with pytest.raises(DataError):
         datasets.load(path)

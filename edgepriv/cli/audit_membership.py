@@ -37,16 +37,26 @@ class Records:
 @click.option(
     "--arch", help="With --model: train shadows of this architecture ('auto', 'cnn', 'mlp', module:function)."
 )
-@click.option("--shadows", type=int, default=16, show_default=True, help="How many shadows are trained.")
-@click.option("--epochs", type=int, default=30, show_default=True, help="Epochs of each shadow: those of the model.")
+@click.option(
+    "--shadows", type=click.IntRange(min=1), default=16, show_default=True, help="How many shadows are trained."
+)
+@click.option(
+    "--epochs",
+    type=click.IntRange(min=1),
+    default=30,
+    show_default=True,
+    help="Epochs of a shadow: those of the model.",
+)
 @click.option(
     "--fpr", type=click.Choice(["0.01", "0.001"]), default="0.01", show_default=True, help="Where TPR is read."
 )
-@click.option("--max-auc", type=float, default=0.60, show_default=True, help="Above it the exit code is 3.")
-@click.option("--max-tpr", type=float, default=0.05, show_default=True, help="TPR above it, likewise.")
-@click.option("--limit", type=int, help="Use only the first records of each set.")
+@click.option(
+    "--max-auc", type=click.FloatRange(0, 1), default=0.60, show_default=True, help="Above it the exit code is 3."
+)
+@click.option("--max-tpr", type=click.FloatRange(0, 1), default=0.05, show_default=True, help="TPR above it, likewise.")
+@click.option("--limit", type=click.IntRange(min=1), help="Use only the first records of each set.")
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--threads", type=int, default=2, show_default=True, help="CPU threads.")
+@click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True, help="CPU threads.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def membership(
     model: Path | None, release: Path | None, members: str, non_members: str, limit: int | None, **options: Any
@@ -60,6 +70,8 @@ def membership(
 
     if (model is None) == (release is None):
         raise ConfigError("give either --model or --release", hint="--model M.onnx, or --release DIR")
+    if options["shadow_scores"] and options["arch"]:
+        raise ConfigError("give either --shadow-scores or --arch", hint="one names shadows, the other trains them")
     if release is not None and (options["shadow_scores"] or options["arch"]):
         raise ConfigError("--shadow-scores and --arch belong to --model; a release makes its own shadows")
     records = _records(members, non_members, limit, float(options["fpr"]), hold_out=model is not None)
@@ -77,8 +89,9 @@ def _records(members: str, non_members: str, limit: int | None, rate: float, *, 
     from edgepriv import datasets
     from edgepriv.errors import DataError
 
-    inside = datasets.load(members, split="all", limit=limit)
-    outside = datasets.load(non_members, split="all", limit=limit)
+    # in the order in which they lie: a file of shadow scores counts its records so
+    inside = datasets.load(members, split="whole", limit=limit)
+    outside = datasets.load(non_members, split="whole", limit=limit)
     if inside.images.shape[1:] != outside.images.shape[1:]:
         raise DataError(f"members are {inside.images.shape[1:]}, non-members {outside.images.shape[1:]}")
     shared = {image.tobytes() for image in inside.images} & {image.tobytes() for image in outside.images}
@@ -87,8 +100,8 @@ def _records(members: str, non_members: str, limit: int | None, rate: float, *, 
             f"{len(shared)} pictures are both among the members and among the non-members",
             hint="remove them from one side: they would make every figure meaningless",
         )
-    apart = len(outside) // 3 if hold_out else 0
-    tested = len(outside) - apart
+    known = np.arange(len(outside)) % 3 == 2 if hold_out else np.zeros(len(outside), np.bool_)  # of every class
+    tested = int((~known).sum())
     if tested * rate < 1 or (rate < 0.01 and tested < 5000):
         needed = 100 if rate >= 0.01 else 5000
         raise DataError(
@@ -96,10 +109,10 @@ def _records(members: str, non_members: str, limit: int | None, rate: float, *, 
             hint=f"give at least {needed + (needed // 2 if hold_out else 0)}, or ask for --fpr 0.01",
         )
     return Records(
-        np.concatenate([inside.images, outside.images[:tested]]),
-        np.concatenate([inside.labels, outside.labels[:tested]]),
+        np.concatenate([inside.images, outside.images[~known]]),
+        np.concatenate([inside.labels, outside.labels[~known]]),
         np.arange(len(inside) + tested) < len(inside),
-        (outside.images[tested:], outside.labels[tested:]),
+        (outside.images[known], outside.labels[known]),
     )
 
 

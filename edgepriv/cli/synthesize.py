@@ -40,22 +40,32 @@ SECONDS_BETWEEN_LINES = 10.0  # where progress goes to a file
 @click.option("--vae-delta", type=float, default=1e-5, show_default=True, help="With --vae dp: its delta.")
 @click.option("--conditional/--no-conditional", default=True, help="Whether the VAE is given labels.")
 @click.option("--latent-dim", type=int, help="Latent dimensions; the default depends on the size of the pictures.")
-@click.option("--vae-epochs", type=int, help="Epochs of the VAE.")
+@click.option("--vae-epochs", type=click.IntRange(min=1), help="Epochs of the VAE.")
 @click.option("--beta", type=float, help="Weight of the KL term.")
-@click.option("--targets", type=int, default=16, show_default=True, help="Models that the audit trains.")
-@click.option("--epochs", type=int, help="Epochs of each of them.")
-@click.option("--audit-records", type=int, default=2000, show_default=True, help="Private records that are audited.")
+@click.option(
+    "--targets", type=click.IntRange(min=1), default=16, show_default=True, help="Models that the audit trains."
+)
+@click.option("--epochs", type=click.IntRange(min=1), help="Epochs of each of them.")
+@click.option(
+    "--audit-records",
+    type=click.IntRange(min=1),
+    default=2000,
+    show_default=True,
+    help="Private records that are audited.",
+)
 @click.option("--no-audit", is_flag=True, help="Skip accuracies and audit; the card then recommends nothing.")
 @click.option("--keep-vae/--drop-vae", default=True, help="Put the VAE beside the release where it may travel.")
-@click.option("--limit", type=int, help="Use only the first pictures of each set.")
+@click.option("--limit", type=click.IntRange(min=1), help="Use only the first pictures of each set.")
 @click.option(
     "--seed",
     type=int,
     help="Repeat an experiment exactly. Who knows it can remove the noise, so omit it for a release.",
 )
 @click.option("--device", default="cpu", show_default=True, help="torch device.")
-@click.option("--threads", type=int, default=2, show_default=True, help="CPU threads.")
-@click.option("--max-auc", type=float, help="End with exit code 3 when the strongest attack's AUC is above this.")
+@click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True, help="CPU threads.")
+@click.option(
+    "--max-auc", type=click.FloatRange(0, 1), help="End with exit code 3 when the strongest attack's AUC is above this."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the card as JSON.")
 def synthesize(
     data: str, public_data: str | None, test_data: str | None, out: Path, limit: int | None, **options: Any

@@ -89,8 +89,8 @@ SMALL = studies.Settings(recipe=Recipe(epochs=15), audit_records=1000)
 SHIFT = replace(SMALL, conditional=False, extra=0)
 PLANS = {
     "digits": Plan("digits", 1797, studies.Settings(extra=3), (0.5, 1, 2, 4), True, 60, dp_vae=True),
-    "mnist": Plan("mnist", 4500, SMALL, (0.5, 1, 2, 4), True, 40),
-    "cifar10": Plan("cifar10", 3600, replace(SMALL, vae_epochs=20), (2, 4, 8)),
+    "mnist": Plan("mnist", 4500, SMALL, (0.5, 1, 2, 4), True, 30),
+    "cifar10": Plan("cifar10", 3600, replace(SMALL, vae_epochs=20), (2, 4, 8), dp_sgd_epochs=20),
     "shifted": Plan("mnist", 4500, SHIFT, (0.5, 1, 2, 4), public_below=5),
 }
 LARGE = replace(SMALL, recipe=Recipe(epochs=30), audit_records=2000)

@@ -2,7 +2,7 @@
 
 One ``.npz`` (no pickle) with ``masks`` bool [K, n] and at least one of ``margins`` (phi, natural logarithms),
 ``log_probabilities`` and ``agreements``, each float [K, n]; the n records are the members in their order, then the
-tested non-members in theirs (the first two thirds of those given).
+tested non-members in theirs: all but every third (the 3rd, 6th, ...), which the attacker knows not to be members.
 """
 
 from __future__ import annotations

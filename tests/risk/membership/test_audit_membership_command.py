@@ -13,6 +13,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from edgepriv import cli, datasets
+from edgepriv.risk.membership import scores, shadows
 from edgepriv.risk.membership.classifier import Recipe, train_classifier
 from edgepriv.risk.membership.onnx_model import OnnxClassifier
 from edgepriv.synthesis.training import load_vae
@@ -85,21 +86,46 @@ def test_without_shadows_only_weak_attacks_run_and_the_verdict_says_so(capsys, f
     assert "label_only" in out
 
 
-def test_shadow_scores_from_a_file_are_used(capsys, folder):
-    rng = np.random.default_rng(0)
-    count = 550 + 547 - 547 // 3
-    np.savez(folder / "s.npz", masks=rng.random((16, count)) < 0.5, margins=rng.normal(size=(16, count)))
+def judged_records(folder):
+    """Members, then the judged non-members, as the documentation of the shadow file numbers them."""
+    a, b = (np.load(folder / name) for name in ("A.npz", "B.npz"))
+    kept = np.arange(len(b["images"])) % 3 != 2
+    return tuple(np.concatenate([a[key], b[key][kept]]) for key in ("images", "labels"))
+
+
+def test_shadows_that_were_trained_elsewhere_find_the_leak_too(capsys, folder):
+    pool, test = judged_records(folder), np.load(folder / "test.npz")
+    masks = scores.draw_masks(16, len(pool[0]), np.random.default_rng(0))
+    made = shadows.run_shadows(
+        pool, (test["images"], test["labels"]), masks, shadows.no_defence, Recipe(epochs=60), seed=9, released=False
+    )
+    file = folder / "elsewhere.npz"
+    np.savez(file, masks=masks, margins=made.margins, log_probabilities=made.log_probabilities)
+    code, out, _ = call(
+        capsys, "audit", "membership", "--model", folder / "m.onnx", "--members", folder / "A.npz",
+        "--non-members", folder / "B.npz", "--json", "--shadow-scores", file,
+    )  # fmt: skip
+    document = json.loads(out)
+    assert code == 3
+    assert document["strongest"] in {"rmia_all", "rmia_out", "lira"}
+    assert document["auc"] > 0.6
+
+
+def test_shadow_scores_that_do_not_fit_are_clear_errors(capsys, folder):
+    rng, count = np.random.default_rng(0), len(judged_records(folder)[0])
+    masks, margins = rng.random((16, count)) < 0.5, rng.normal(size=(16, count))
     argv = [
         "audit", "membership", "--model", folder / "m.onnx", "--members", folder / "A.npz", "--non-members",
-        folder / "B.npz", "--max-auc", 1, "--max-tpr", 1, "--json", "--shadow-scores",
+        folder / "B.npz", "--shadow-scores",
     ]  # fmt: skip
-    code, out, _ = call(capsys, *argv, folder / "s.npz")
-    assert code == 0
-    assert "lira" in {row["attack"] for row in json.loads(out)["attacks"]}
-    np.savez(folder / "few.npz", masks=np.ones((6, count), bool), margins=np.ones((6, count)))
+    np.savez(folder / "s.npz", masks=masks, margins=margins)
+    assert "either --shadow-scores or --arch" in call(capsys, *argv, folder / "s.npz", "--arch", "auto")[2]
+    np.savez(folder / "few.npz", masks=masks[:6], margins=margins[:6])
     assert "too few for a false-positive rate" in call(capsys, *argv, folder / "few.npz")[2]
-    np.savez(folder / "short.npz", masks=np.ones((16, 9), bool), margins=np.ones((16, 9)))
+    np.savez(folder / "short.npz", masks=masks[:, :9], margins=margins[:, :9])
     assert "records" in call(capsys, *argv, folder / "short.npz")[2]
+    np.savez(folder / "nan.npz", masks=masks, margins=margins * np.nan)
+    assert "must be finite" in call(capsys, *argv, folder / "nan.npz")[2]
     (folder / "junk.npz").write_bytes(b"junk")
     assert call(capsys, *argv, folder / "junk.npz")[0] == 65
     assert call(capsys, *argv, folder / "absent.npz")[0] == 66
@@ -244,6 +270,16 @@ def test_missing_classes_and_data_that_are_no_pictures_are_clear_errors(capsys, 
             "too few to read",
         ),
         (("--members", "A.npz", "--non-members", "B.npz", "--release", "absent"), 66, "no such"),
+        (
+            ("--members", "A.npz", "--non-members", "B.npz", "--model", "m.onnx", "--shadows", "0"),
+            2,
+            "not in the range",
+        ),
+        (
+            ("--members", "A.npz", "--non-members", "B.npz", "--model", "m.onnx", "--max-auc", "7"),
+            2,
+            "not in the range",
+        ),
     ],
 )
 def test_wrong_input_to_the_audit_is_a_clear_error(capsys, folder, argv, code, words):
@@ -263,14 +299,12 @@ def test_eight_shadows_are_too_few_for_one_per_cent(capsys, folder):
 
 
 def test_probabilities_and_logits_of_one_model_give_the_same_margins(folder, tmp_path):
-    from edgepriv.risk.membership.scores import margin
-
     data = datasets.load(folder / "A.npz", split="all", limit=100)
     model = train_classifier(data.images, data.labels, 10, Recipe(epochs=5), seed=1)
     write_onnx(tmp_path / "logits.onnx", model)
     write_onnx(tmp_path / "softmax.onnx", model, softmax=True)
     found = [
-        margin(OnnxClassifier(tmp_path / f"{kind}.onnx").logits(data.images), data.labels)
+        scores.margin(OnnxClassifier(tmp_path / f"{kind}.onnx").logits(data.images), data.labels)
         for kind in ("logits", "softmax")
     ]
     assert np.allclose(*found, atol=1e-3)
