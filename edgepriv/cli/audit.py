@@ -9,6 +9,7 @@ from edgepriv.cli import LazyGroup
 AUDITS = {
     "outputs": ("edgepriv.cli.audit_outputs:outputs", "What a model's released outputs give away."),
     "update": ("edgepriv.cli.audit_update:update", "What one federated update gives away."),
+    "model": ("edgepriv.cli.audit_model:model", "What the final global model gives away: classes, members."),
     "privacy-tradeoff": ("edgepriv.cli.audit_tradeoff:tradeoff", "Leakage against accuracy, as a picture."),
     "membership": ("edgepriv.cli.audit_membership:membership", "Who was in the training set."),
 }

@@ -192,20 +192,9 @@ def _pictures(spec: str, limit: int | None = None) -> tuple[NDArray[np.float32],
 def _model(architecture: str, weights: Path, canaries: Canaries, options: dict[str, Any]) -> Any:
     from edgepriv.risk import models
 
-    classes = _classes_in(weights) or int(max(canaries.public_labels.max(), canaries.labels.max())) + 1
+    classes = models.classes_in(weights) or int(max(canaries.public_labels.max(), canaries.labels.max())) + 1
     model = models.build(architecture, classes, canaries.images.shape[1], canaries.images.shape[2])
     return models.load_weights(model, weights).to(options["device"])
-
-
-def _classes_in(weights: Path) -> int | None:
-    """Return the number of outputs from the file's head, so that few canaries do not change the architecture."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(weights, framework="np") as archive:
-            return int(archive.get_slice("head.weight").get_shape()[0])
-    except (OSError, SafetensorError):
-        return None
 
 
 def _attack(options: dict[str, Any]) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from edgepriv.errors import ConfigError, DataError, MissingDependencyError, Miss
 
 Builder = Callable[[int, int, int], nn.Module]
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 MAX_WEIGHTS_BYTES = 2 << 30
@@ -118,6 +119,41 @@ def load_weights(model: nn.Module, path: Path) -> nn.Module:
     if not all(bool(torch.isfinite(value).all()) for value in state.values() if value.is_floating_point()):
         raise DataError(f"{path} holds NaN or infinite weights")
     return model
+
+
+def classes_in(path: Path) -> int | None:
+    """Return the number of outputs by a file's head; None where that cannot be told."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as archive:
+            return int(archive.get_slice("head.weight").get_shape()[0])
+    except (OSError, SafetensorError):
+        return None
+
+
+def put_weights(model: nn.Module, weights: Mapping[str, Any], name: str, *, complete: bool) -> None:
+    """Put arrays by ``state_dict`` name into ``model``, as federated rounds give them.
+
+    Args:
+        model: changed in place.
+        weights: arrays by name.
+        name: of the architecture, for messages.
+        complete: every parameter must be among them, because nothing else was loaded.
+
+    Raises:
+        DataError: they are not this architecture's, or not all.
+    """
+    state = model.state_dict()
+    for key, value in weights.items():
+        if key not in state or tuple(state[key].shape) != value.shape:
+            raise DataError(
+                f"the weights hold {key} {list(value.shape)}, which {name} has not", hint="an other architecture?"
+            )
+        state[key] = torch.tensor(value).to(state[key].dtype)
+    if complete and (missing := sorted({key for key, _ in model.named_parameters()} - set(weights))):
+        raise DataError(f"the weights lack {missing[0]}", hint="give the frozen part too, as safetensors")
+    model.load_state_dict(state)
 
 
 def save_weights(model: nn.Module, path: Path) -> None:

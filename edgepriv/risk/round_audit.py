@@ -136,26 +136,17 @@ def model_of(settings: RoundsSection, weights: dict[str, NDArray[Any]], canaries
     Raises:
         DataError: the round's tensors are not this architecture's.
     """
-    import torch
-
     from edgepriv.risk import models
 
     classes = len(weights["head.bias"]) if "head.bias" in weights else int(canaries.public_labels.max()) + 1
     model = models.build(settings.model, classes, canaries.images.shape[1], canaries.images.shape[2])
     if settings.weights is not None:
         models.load_weights(model, settings.weights)
-    state = model.state_dict()
-    for name, value in weights.items():
-        if name not in state or tuple(state[name].shape) != value.shape:
-            raise DataError(
-                f"the round trains {name} {list(value.shape)}, which {settings.model} has not",
-                hint="[rounds] model and weights of risk.toml must be the rounds' own",
-            )
-        state[name] = torch.from_numpy(np.array(value, np.float32)).to(state[name].dtype)
-    parameters = {name for name, _ in model.named_parameters()}
-    if settings.weights is None and (missing := sorted(parameters - set(weights))):
-        raise DataError(f"the round does not train {missing[0]}", hint="give [rounds] weights: the frozen part")
-    model.load_state_dict(state)
+    try:
+        models.put_weights(model, weights, settings.model, complete=settings.weights is None)
+    except DataError as error:
+        hint = "[rounds] model and weights of risk.toml must be the rounds' own"
+        raise DataError(f"round: {error}", hint=hint) from error
     return model
 
 
