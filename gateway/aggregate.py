@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import math
 import os
 import struct
 from dataclasses import dataclass, field
@@ -155,6 +156,23 @@ def fold(folder: Path, opened: RoundOpen, staged: Sequence[Staged]) -> tuple[Che
             return before, refused
         taken = (*before.taken, *((s.device, s.stale, s.digest, s.weight) for s, _, _ in sources))
         return write_sum(before, opened, taken, sources), refused
+
+
+def declared(item: Staged, opened: RoundOpen) -> Staged:
+    """The weight that a clear update states in its own header, where it states one.
+
+    A device that was killed offers the same bytes again but has forgotten what it said of them in the first offer.
+    """
+    try:
+        with item.path.open("rb") as file:
+            header, _ = read_header(file.read(8), file.read, item.path.stat().st_size)
+    except (WireError, OSError):
+        return item  # `fold` says what is wrong with it
+    examples = header["meta"].get("examples")
+    if type(examples) is not int:
+        return item
+    weight = max(1, math.floor(max(1, min(examples, opened.max_weight)) / math.sqrt(1 + item.stale)))
+    return dataclasses.replace(item, weight=weight)
 
 
 def _factor(norm: float, item: Staged, opened: RoundOpen) -> float:

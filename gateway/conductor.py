@@ -21,13 +21,14 @@ from edgepriv.federated.privacy import next_clip
 from edgepriv.wire import cbor
 from edgepriv.wire import rounds as wire_rounds
 from edgepriv.wire.messages import Ack, Offer, RoundMessage
-from edgepriv.wire.rounds import MASKED, Confirm, Join
+from edgepriv.wire.rounds import CLEAR, MASKED, Confirm, Join
 from gateway import aggregate, robust_sum, round_events, shards
 from gateway.aggregate import Staged
 from gateway.cohorts import Parts
 from gateway.parted import PartedRound, cohorts_of
 from gateway.round_ports import DropUpload, OpenUpload, Outgoing, RoundStore, Tell
 from gateway.rounds import ENDED, Round
+from gateway.weights import Weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -39,10 +40,11 @@ if TYPE_CHECKING:
     from gateway.round_record import RoundRecord
 
 
-class Conductor:
+class Conductor(Weights):
     """All running rounds of one gateway shard. ``folder`` holds a folder for each round and the global weights."""
 
     def __init__(self, folder: Path, store: RoundStore, trust: TrustList, *, keep_models: int = 3) -> None:
+        super().__init__(folder)
         self.folder, self.store, self.trust, self.keep_models = folder, store, trust, keep_models
         self.rounds: dict[int, Round | PartedRound] = {}
         self.cohorts: dict[tuple[int, str], Round] = {}
@@ -57,32 +59,6 @@ class Conductor:
         self._saved: dict[str, bytes] = {}
         self.deferred = False  # True: the caller calls `flush` before it commits, one save for many events
         self.noise_seed = b""  # simulations only: empty takes the operating system's randomness
-        self.models.mkdir(parents=True, exist_ok=True)
-
-    # --- global weights -----------------------------------------------------------------------------------
-
-    @property
-    def models(self) -> Path:
-        """Folder of global weights, named by SHA-256 in hex."""
-        return self.folder / "models"
-
-    def model_path(self, digest: bytes) -> Path:
-        """Where the weights of a digest lie (they may not)."""
-        return self.models / digest.hex()
-
-    def add_model(self, raw: bytes) -> bytes:
-        """Store global weights (bytes of `wire.update`) and return their digest."""
-        import hashlib
-
-        digest = hashlib.sha256(raw).digest()
-        path = self.model_path(digest)
-        if not path.exists():
-            fresh = path.with_name(path.name + ".new")
-            with fresh.open("wb") as file:
-                file.write(raw)
-                aggregate.sync(file)
-            aggregate.rename(fresh, path)
-        return digest
 
     # --- what the daemon calls ----------------------------------------------------------------------------
 
@@ -135,12 +111,11 @@ class Conductor:
 
     def prune_models(self, keep: set[bytes]) -> None:
         """Delete weights that nothing needs: not in ``keep``, not of a running round nor of the last few records."""
-        for current in [*self.rounds.values(), *self.store.records()[-self.keep_models :]]:
-            named = current if isinstance(current, dict) else dataclasses.asdict(current.plan)
-            keep = keep | {bytes(named[k]) for k in ("base", "before", "after", "reference") if named.get(k)}
-        for path in self.models.iterdir():
-            if len(path.name) == 64 and bytes.fromhex(path.name) not in keep:
-                path.unlink(missing_ok=True)
+        needed = [current.plan for current in self.rounds.values()]
+        named = [dataclasses.asdict(plan) for plan in needed] + self.store.records()[-self.keep_models :]
+        self.prune(
+            keep | {bytes(row[k]) for row in named for k in ("base", "before", "after", "reference") if row.get(k)}
+        )
 
     def _open_parted(
         self, plan: RoundPlan, parts: Mapping[str, Sequence[str]], now: float, *, remote: bool
@@ -215,7 +190,9 @@ class Conductor:
     def on_offer(self, device: str, offer: Offer, now: float) -> list[Outgoing]:
         """An update is offered; the answer may come at once or later, in any call."""
         current, stale = self._round_of(offer.round, device), 0
-        if current is None or current.state in ENDED:
+        if current is None or current.state in {"finishing", *ENDED}:
+            if self._waits_for_next(offer.round, current, device, offer.digest):
+                return []  # a late update: its device offers it again when the next round runs
             newer = [r for r in self._singles() if r.plan.round > offer.round and r.plan.late == "next"]
             newer = [r for r in newer if r.state == "collecting"]
             if newer and not (current and self._was_taken(current, device)):
@@ -318,6 +295,16 @@ class Conductor:
     def _round_folder(self, key: str) -> Path:
         return self.folder / f"round-{key}"
 
+    def _waits_for_next(self, number: int, current: Round | None, device: str, digest: bytes) -> bool:
+        """Whether a round that is over puts this offer off until the next one, which does not run yet."""
+        if any(n > number for n in self.rounds):
+            return False
+        if current is not None:
+            taken = device not in current.devices or current.in_sum(device, digest)
+            return current.plan.late == "next" and not taken
+        last = (self.store.records() or [{"round": -1}])[-1]  # after a restart only the record is left
+        return last["round"] == number and last.get("late_rounds", 0) > 0 and device not in last["participants"]
+
     def _was_taken(self, current: Round, device: str) -> bool:
         return bool(current.record and device in current.record.participants)
 
@@ -369,6 +356,8 @@ class Conductor:
                     out += [Tell(device, Ack(digest, "stored", "")), DropUpload(device, digest)]
                 case round_events.Reject(device, digest, reason):
                     out += [Tell(device, Ack(digest, "rejected", reason[:400])), DropUpload(device, digest)]
+                case round_events.PutOff(device, digest):
+                    out.append(DropUpload(device, digest))
                 case round_events.Fold(device, digest, weight, stale):
                     if path := self._paths.get(digest):
                         pending = self._pending.setdefault(current.plan.key, {})
@@ -405,6 +394,8 @@ class Conductor:
         if rule in robust_sum.RULES:
             return robust_sum.keep(folder, current.opened, items)
         refused: list[aggregate.Refusal] = []
+        if current.plan.privacy == CLEAR:
+            items = [aggregate.declared(item, current.opened) for item in items]
         if rule == "fltrust":
             reference = self.model_path(current.plan.reference)
             judged = [robust_sum.trusted(item, reference, current.opened) for item in items]

@@ -121,6 +121,14 @@ class Reject:
 
 
 @dataclass(frozen=True, slots=True)
+class PutOff:
+    """Delete what is staged of an offer and say nothing: its device offers it again, to the next round."""
+
+    device: str
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Fold:
     """Verify the staged update and add it to the sum with this weight, then say `Folded`."""
 
@@ -159,4 +167,4 @@ class Close:
     record: RoundRecord
 
 
-Action = Send | GrantUpload | Reject | Fold | Accept | RemoveMasks | Finish | Close
+Action = Send | GrantUpload | Reject | PutOff | Fold | Accept | RemoveMasks | Finish | Close

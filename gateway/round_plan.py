@@ -173,5 +173,5 @@ def announcement(plan: RoundPlan, devices: int, now: float) -> RoundOpen:
         training=dict(plan.training),
         adaptive_clip=plan.adaptive_clip,
         clip_noise=plan.clip_noise,
-        late=plan.late,
+        late_rounds=plan.max_staleness if plan.late == "next" else 0,
     )

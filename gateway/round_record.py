@@ -56,6 +56,7 @@ class RoundRecord:
     parts: tuple[tuple[str, str, str, int], ...] = ()
     reference: bytes = b""
     reference_by: str = ""
+    late_rounds: int = 0
 
     def result(self) -> RoundResult:
         """What devices are told."""
@@ -127,6 +128,7 @@ def closing_record(
         clip_noise=plan.clip_noise,
         reference=plan.reference,
         reference_by=plan.reference_by,
+        late_rounds=plan.max_staleness if plan.late == "next" else 0,
         within=finished.within,
         clip_after=finished.clip_after,
     )

@@ -11,8 +11,9 @@ Rules.
     progress for ``stall_s`` goes to the next; the stalled device offers again.
  4. An upload counts only when `Folded` says that it is in the durable sum; what is in the sum is never removed.
  5. Late uploads (after ``collecting``): dropped, or, in clear rounds with ``late="next"``, taken into the next round
-    with their weight divided by sqrt(1 + staleness). Late uploads with masks are deleted unread; asking for
-    ``late="next"`` with masks is a configuration error.
+    with their weight divided by sqrt(1 + staleness), at most ``max_staleness`` rounds later; what was staged of them
+    is deleted and their devices offer them again. Late uploads with masks are deleted unread; asking for
+    ``late="next"`` with masks or noise is a configuration error.
  6. Masked rounds: too small a cohort aborts. The survivor set is frozen by the state that `to_bytes` stores before
     the set is sent (rule 8) and never changes; ``unmasking`` goes only to ``finishing`` or ``aborted``. No upload is
     folded after the freeze.
@@ -58,6 +59,7 @@ from gateway.round_events import (
     GrantUpload,
     Offered,
     Progressed,
+    PutOff,
     Reject,
     RemoveMasks,
     Send,
@@ -183,14 +185,15 @@ class Round:
         """Tell a device that asks about an ended round how it ended."""
         match event:
             case Offered(name, digest):
-                if self._in_sum(name, digest):
+                if self.in_sum(name, digest):
                     return [Accept(name, digest)]
                 return [Reject(name, digest, "late: the round has ended"), *self._results(name)]
             case Stepped(name, _) if name in self.devices:
                 return self._results(name)
         return []
 
-    def _in_sum(self, name: str, digest: bytes) -> bool:
+    def in_sum(self, name: str, digest: bytes) -> bool:
+        """Say whether this very update is in the sum."""
         device = self.devices.get(name)
         return device is not None and device.state == "folded" and device.digest == digest
 
@@ -372,7 +375,9 @@ class Round:
     def _close_sum(self, now: float) -> list[Action]:
         folded = [n for n, d in self.devices.items() if d.state == "folded"]
         unread: list[Action] = [
-            Reject(_name(n), d.digest, "late: the sum is closed")
+            PutOff(_name(n), d.digest)
+            if self.plan.late == "next" and d.stale < self.plan.max_staleness
+            else Reject(_name(n), d.digest, "late: the sum is closed")
             for n, d in self.devices.items()
             if d.state in {"open", "offered"}
         ]

@@ -58,6 +58,7 @@ class Fleet:
         }
         self.store = MemoryStore()
         self.conductor = Conductor(self.folder / "gateway", self.store, self.trust)
+        self.older = {}  # updates of an earlier round that a device still offers
         self.uploads, self.acks, self.gone, self.now = {}, [], set(), 1000.0
         self.lost = lost or (lambda kind, device: False)
         self.transcript = []
@@ -88,7 +89,7 @@ class Fleet:
         waiting, self.inbox = self.inbox, []
         for device, message in waiting:
             self._device(device, message)
-        for name, upload in list(self.uploads.items()):
+        for name, upload in [*self.older.items(), *self.uploads.items()]:
             if name not in self.gone and not self.lost("offer", name):
                 self._offer(name, upload)
 
@@ -111,8 +112,10 @@ class Fleet:
                     (self.folder / digest.hex()).unlink(missing_ok=True)
 
     def _transfer(self, device, digest):
-        upload = self.uploads.get(device)
-        if upload is None or device in self.gone or device in self.hold or self.lost("chunks", device):
+        both = [kept[device] for kept in (self.uploads, self.older) if device in kept]
+        upload = next((u for u in both if hashlib.sha256(u.payload).digest() == digest), None)
+        held = upload is None or (device in self.hold and upload is self.uploads.get(device))
+        if held or device in self.gone or self.lost("chunks", device):
             return
         path = self.folder / digest.hex()
         path.write_bytes(upload.payload)
@@ -125,9 +128,9 @@ class Fleet:
             return
         if isinstance(message, Ack):
             self.acks.append((device, message))
-            waiting = self.uploads.get(device)
-            if waiting and hashlib.sha256(waiting.payload).digest() == message.digest:
-                del self.uploads[device]
+            for kept in (self.uploads, self.older):
+                if device in kept and hashlib.sha256(kept[device].payload).digest() == message.digest:
+                    del kept[device]
             return
         self._act(device, participant.receive(message, self.now))
 
@@ -143,11 +146,15 @@ class Fleet:
                     raw = self.conductor.model_path(digest).read_bytes()
                     self._act(device, participant.model_ready(number, raw))
                 case Upload():
+                    if kept := self.uploads.get(device):
+                        self.older[device] = kept
                     change = self.tamper.get(device, lambda payload: payload)
                     self.uploads[device] = dataclasses.replace(action, payload=change(action.payload))
                     self.sent[device] = self.uploads[device]
-                case EndRound(_number):
-                    self.uploads.pop(device, None) if device not in self.hold else None
+                case EndRound(_number, drop=drop):
+                    for kept in (self.uploads, self.older):
+                        if device in kept and kept[device].round in drop and device not in self.hold:
+                            del kept[device]
 
     def base_of(self, opened):
         return decode_update(self.conductor.model_path(opened.base).read_bytes(), max_bytes=1 << 30).tensors

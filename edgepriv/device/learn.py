@@ -248,9 +248,10 @@ class Learner:
                 case Upload(number, payload, meta, _):
                     self.metas[number] = meta
                     self._spool_upload(number, payload)
-                case EndRound(number, _, adopt, adopt_bytes):
-                    self._drop_upload(number)
-                    self.metas.pop(number, None)
+                case EndRound(number, _, adopt, adopt_bytes, drop):
+                    for over in drop:
+                        self._drop_upload(over)
+                        self.metas.pop(over, None)
                     if self._fetch is not None and self._fetch.round == number:
                         self._fetch = None
                     if adopt:

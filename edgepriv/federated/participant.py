@@ -95,15 +95,16 @@ class Upload:
 
 @dataclass(frozen=True, slots=True)
 class EndRound:
-    """The round is over for this device: stop its download and delete its unsent upload.
+    """The round is over for this device: stop its download and delete the uploads of the rounds in ``drop``.
 
-    ``adopt``: SHA-256 of the new global weights, or empty.
+    ``adopt``: SHA-256 of the new global weights, or empty. An upload that may still be taken by a later round stays.
     """
 
     round: int
     reason: str
     adopt: bytes = b""
     adopt_bytes: int = 0
+    drop: tuple[int, ...] = ()
 
 
 Action = Send | FetchModel | Upload | EndRound
@@ -141,6 +142,8 @@ class Participant:
         self._last_round = -1
         self._running: _Running | None = None
         self._answer: Send | None = None
+        self._uploads: dict[int, int] = {}  # round of an upload -> last round that may take it
+        self._counted = -1
         self.dirty = False
         self.counters = {"joined": 0, "declined": 0, "uploaded": 0, "done": 0, "aborted": 0, "refused": 0}
         if state:
@@ -301,6 +304,7 @@ class Participant:
         if (charge := _charge(opened)) is not None:
             self.ledger.charge(opened.round, charge)
         running.uploaded, running.weights, self.dirty = True, None, True
+        self._uploads[opened.round] = opened.round + opened.late_rounds
         self.counters["uploaded"] += 1
         return [Upload(opened.round, payload, meta, opened.deadline + EXPIRES_AFTER_DEADLINE_S)]
 
@@ -319,15 +323,25 @@ class Participant:
         if running is None:
             return []
         leave = [] if running.uploaded else [self._join(running.opened, accept=False, reason=reason)]
-        return [*leave, EndRound(running.opened.round, reason)]
+        number = running.opened.round
+        return [*leave, EndRound(number, reason, drop=self._over(number))]
+
+    def _over(self, number: int) -> tuple[int, ...]:
+        """Rounds whose uploads nobody takes after the end of this one; a round without an upload is among them."""
+        over = tuple(n for n, last in self._uploads.items() if last <= number)
+        for n in over:
+            del self._uploads[n]
+        return over if number in self._uploads else tuple({*over, number})
 
     def _result(self, number: int, result: RoundResult) -> list[Action]:
         if self._running and self._running.opened.round == number:
             self._running = None
         done = result.outcome == "done"
-        self.counters["done" if done else "aborted"] += 1
+        if number != self._counted:  # a round over several gateways tells its shard's end, then its own
+            self.counters["done" if done else "aborted"] += 1
+            self._counted = number
         adopt = (result.model, result.model_bytes) if done and len(result.model) == 32 else (b"", 0)
-        return [EndRound(number, result.reason or result.outcome, *adopt)]
+        return [EndRound(number, result.reason or result.outcome, *adopt, drop=self._over(number))]
 
 
 def _recipe(opened: RoundOpen) -> LocalRecipe:

@@ -47,8 +47,8 @@ class RoundOpen:
     ``colluders``: how many of them may be dishonest. ``training``: fields of `LocalRecipe`. ``participation``: how
     devices were chosen (``all``, ``fixed``, ``poisson``). ``adaptive_clip``: the sum has one more coordinate, before
     the weights: plus or minus a half by whether the device's update was within the clip; ``clip_noise``: deviation of
-    the noise on its sum. ``late``: ``next`` keeps an update that comes too late for the next round. Times are Unix
-    seconds by the gateway's clock.
+    the noise on its sum. ``late_rounds``: how many rounds later an update is still taken (0: it is dropped). Times are
+    Unix seconds by the gateway's clock.
     """
 
     round: int
@@ -79,7 +79,7 @@ class RoundOpen:
     training: dict[str, Any]
     adaptive_clip: bool = False
     clip_noise: float = 0.0
-    late: str = "drop"
+    late_rounds: int = 0
 
 
 @message.message("round-join")
@@ -221,7 +221,7 @@ def _check_open(opened: RoundOpen, number: int) -> None:
         raise WireError("a round's announcement contradicts itself")
     if opened.privacy not in {CLEAR, MASKED} or opened.encoding not in ENCODINGS or opened.noise not in NOISES:
         raise WireError("a round's announcement asks for something unknown")
-    if not 0 < opened.keep <= 1 or opened.base_bytes < 1 or opened.late not in {"drop", "next"}:
+    if not 0 < opened.keep <= 1 or opened.base_bytes < 1 or opened.late_rounds < 0:
         raise WireError("a round's announcement has a number out of range")
     if not (opened.noise_multiplier >= 0 and opened.clip_noise >= 0 and opened.clip > 0):
         raise WireError("a round's announcement has a number out of range")

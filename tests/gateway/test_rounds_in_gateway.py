@@ -104,6 +104,33 @@ def test_a_gateway_that_is_killed_anywhere_in_a_round_ends_it_with_the_same_sum(
     assert again.store.database.query("SELECT count(*) FROM uploads") == [(0,)]
 
 
+def test_a_device_that_was_killed_offers_again_without_its_weight_and_still_counts_with_it(site):
+    gateway, devices = site.gateway(), [Device(site, n) for n in site.devices]
+    number = opened(site, gateway, devices)
+    raw = encode_update({"w": np.full(SIZE, 3.0, np.float32)}, {"round": number, "examples": 3})
+    forgetful = devices[1].offer(raw, "update", number, 1024)
+    offers = [update(devices[0], 1.0, number, 1)[1], forgetful]
+    record = finish(site, gateway, devices, offers)
+    raw = gateway.rounds.conductor.model_path(record["after"]).read_bytes()
+    assert np.array_equal(decode_update(raw, max_bytes=1 << 20).tensors["w"], np.full(SIZE, 0.5 + 2.5, np.float32))
+
+
+def test_weights_of_rounds_long_past_are_deleted(site):
+    gateway, devices = site.gateway(), [Device(site, n) for n in site.devices]
+    number = opened(site, gateway, devices)
+    for turns in range(6):
+        finish(site, gateway, devices, [update(d, 1.0 + turns, number)[1] for d in devices])
+        while gateway.rounds.running:
+            site.now += 1
+            turn(gateway, devices)
+        record = gateway.rounds.table.records()[-1]
+        number = gateway.rounds.start({}, site.now)
+        gateway._release_replies()
+        turn(gateway, devices)
+    assert len(list(gateway.rounds.conductor.models.iterdir())) <= 5
+    assert gateway.rounds.conductor.model_path(record["after"]).exists()
+
+
 def test_newly_set_weights_are_the_base_of_the_next_round_and_not_the_last_result(site):
     gateway, devices = site.gateway(), [Device(site, n) for n in site.devices]
     number = opened(site, gateway, devices)

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from round_fleet import Fleet, fixed_trainer
 
+from edgepriv.errors import ConfigError
 from edgepriv.federated.fixed_point import Ring, decode_sum, quantise
 from gateway.conductor import Conductor
 from gateway.round_events import Cancelled, Folded, Offered, Progressed, Stepped, Tick, UnmaskFailed, UploadComplete
@@ -109,6 +110,58 @@ def test_a_late_update_goes_into_the_next_round_with_less_weight(tmp_path):
     second = fleet.run()
     assert "dev-002~1" in second.participants
     assert "dev-002" in second.participants
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_device_keeps_its_late_update_and_brings_it_to_the_next_round_beside_its_own(tmp_path, restart):
+    fleet, deltas = _fleet(tmp_path, 3, np.random.default_rng(1))
+    base = {"w": np.zeros(SIZE, np.float32)}
+    options = {"max_weight": 4, "quorum": 2, "deadline_s": 20, "late": "next"}
+    fleet.hold = {"dev-002"}  # its upload does not get through in time
+    fleet.open(fleet.plan(base, **options))
+    first = fleet.run()
+    assert first.participants == ("dev-000", "dev-001")
+    if restart:
+        _restart(fleet)
+    fleet.hold = set()
+    for _ in range(30):  # nothing runs: the offer is neither taken nor refused
+        fleet.turn()
+    assert [a.outcome for n, a in fleet.acks if n == "dev-002"] == []
+    assert fleet.uploads["dev-002"].round == 1
+    fleet.open(fleet.plan(base, round=2, **options))
+    second = fleet.run()
+    assert second.participants == ("dev-000", "dev-001", "dev-002", "dev-002~1")
+    ring = Ring(64, 10, 100.0, 4, 200)
+    weights = {0: 1, 1: 2, 2: 3 + int(3 / np.sqrt(2))}
+    total = sum(quantise(deltas[i], w, ring) for i, w in ((0, 1), (1, 2), (2, 3), (2, int(3 / np.sqrt(2)))))
+    mean = decode_sum(total, ring).astype(np.float32).astype(np.float64) / sum(weights.values())
+    assert np.array_equal(fleet.weights(second)["w"], mean.astype(np.float32))
+    fleet.turn()
+    assert not fleet.older
+
+
+def test_an_update_that_is_later_than_the_plan_allows_is_let_go(tmp_path):
+    fleet, _ = _fleet(tmp_path, 3, np.random.default_rng(1))
+    base = {"w": np.zeros(SIZE, np.float32)}
+    options = {"quorum": 2, "deadline_s": 20, "late": "next"}
+    fleet.hold = {"dev-002"}
+    fleet.open(fleet.plan(base, **options))
+    fleet.run()
+    fleet.gone = {"dev-002"}
+    fleet.open(fleet.plan(base, round=2, **options))
+    fleet.run()
+    fleet.gone, fleet.hold = set(), set()
+    fleet.open(fleet.plan(base, round=3, **options))
+    third = fleet.run()
+    assert third.participants == ("dev-000", "dev-001", "dev-002")
+    assert [a.outcome for n, a in fleet.acks if n == "dev-002"] == ["rejected", "stored"]
+
+
+def test_noise_and_late_updates_together_are_a_configuration_error(tmp_path):
+    fleet, _ = _fleet(tmp_path, 2, np.random.default_rng(1))
+    options = {"noise": "central", "noise_multiplier": 1.0, "max_weight": 1, "late": "next"}
+    with pytest.raises(ConfigError, match="second one of its device"):
+        fleet.plan({"w": np.zeros(SIZE, np.float32)}, **options)
 
 
 def test_a_late_update_is_dropped_by_default(tmp_path):
