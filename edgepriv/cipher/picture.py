@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 PIXEL_CODECS = ("raw", "gray", "rgb", "rgba", "bgr", "bayer-rggb", "bayer-bggr", "bayer-grbg", "bayer-gbrg")
 BLOB_CODECS = ("jpeg", "png", "blob")
 _FIRST_BLOB_CODE = 64
+MAX_CHANNELS = 16
 _CODEC_CODES = {name: code for code, name in enumerate(PIXEL_CODECS)} | {
     name: code for code, name in enumerate(BLOB_CODECS, _FIRST_BLOB_CODE)
 }
@@ -64,13 +65,27 @@ class Picture:
     taken: float = 0.0
 
     @classmethod
-    def of(cls, value: Picture | NDArray[Any] | bytes, *, taken: float = 0.0) -> Picture:
-        """Take an array or compressed bytes as they come, and name what they evidently are."""
+    def of(cls, value: Picture | NDArray[Any] | bytes | bytearray | memoryview, *, taken: float = 0.0) -> Picture:
+        """Take an array or compressed bytes as they come, and name what they evidently are.
+
+        Raises:
+            DataError: neither; a list of numbers or a view of an array is never taken for compressed bytes.
+        """
         if isinstance(value, Picture):
             return value
         if isinstance(value, np.ndarray):
             return cls(pixels=value, codec=_pixel_codec(value), taken=taken)
-        return cls(blob=bytes(value), codec=_blob_codec(value), taken=taken)
+        if not isinstance(value, (bytes, bytearray, memoryview)):
+            raise DataError(
+                f"a {type(value).__name__} is no picture", hint="give a numpy array, or the bytes of a file"
+            )
+        if isinstance(value, memoryview) and (value.ndim != 1 or value.format != "B"):
+            raise DataError(
+                f"a memoryview of format {value.format!r} and {value.ndim} axes is no file's bytes",
+                hint="for pixels give the numpy array itself",
+            )
+        blob = bytes(value)
+        return cls(blob=blob, codec=_blob_codec(blob), taken=taken)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +100,7 @@ class Meta:
 
 
 def _pixel_codec(pixels: NDArray[Any]) -> str:
-    channels = 1 if pixels.ndim == 2 else pixels.shape[-1]
+    channels = pixels.shape[2] if pixels.ndim == 3 else 1
     return {1: "gray", 3: "rgb", 4: "rgba"}.get(channels, "raw")
 
 
@@ -103,9 +118,11 @@ def payload_of(picture: Picture) -> tuple[Meta, NDArray[np.uint8]]:
     """
     if (picture.pixels is None) == (picture.blob is None):
         raise DataError("a picture has pixels or compressed bytes, one of the two")
-    if not math.isfinite(picture.taken):
+    if not isinstance(picture.taken, (int, float, np.number)) or not math.isfinite(picture.taken):
         raise DataError("the time of capture is not a number")
     if picture.blob is not None:
+        if not isinstance(picture.blob, bytes):
+            raise DataError(f"compressed bytes are a {type(picture.blob).__name__}, not bytes")
         if picture.codec not in BLOB_CODECS or not picture.blob:
             raise DataError("compressed bytes are empty or of an unknown codec", hint=f"one of {BLOB_CODECS}")
         return Meta(picture.codec, "", (), len(picture.blob), float(picture.taken)), np.frombuffer(
@@ -116,6 +133,8 @@ def payload_of(picture: Picture) -> tuple[Meta, NDArray[np.uint8]]:
 
 
 def _pixel_payload(pixels: NDArray[Any], codec: str, taken: float) -> tuple[Meta, NDArray[np.uint8]]:
+    if not isinstance(pixels, np.ndarray):
+        raise DataError(f"pixels are a {type(pixels).__name__}, not a numpy array")
     name = _NAMES.get(pixels.dtype) or pixels.dtype.name  # numpy composes that name anew each time, in Python
     dtype = DTYPES.get(name)
     if dtype is None:
@@ -130,10 +149,18 @@ def _shape_problem(codec: str, shape: tuple[int, ...]) -> str:
     """What is wrong with a shape under a codec, or an empty string."""
     if codec not in PIXEL_CODECS:
         return f"unknown pixel codec {codec[:20]!r}"
-    if len(shape) not in {2, 3} or min(shape) < 1 or max(shape) >= 1 << 32:
-        return f"an image of shape {shape} has no area or too many axes"
+    if len(shape) not in {2, 3}:
+        return (
+            f"an image has two or three axes, [height, width] or [height, width, channels], not {len(shape)}: {shape}"
+        )
+    if min(shape) < 1:
+        return f"an image of shape {shape} has no area"
+    if max(shape) >= 1 << 32:
+        return f"an image of shape {shape} is too large"
     channels = shape[2] if len(shape) == 3 else 1
-    if channels > 16 or channels != _CHANNELS.get(codec, channels):
+    if channels > MAX_CHANNELS:
+        return f"an image of {channels} channels: at most {MAX_CHANNELS} can be sealed"
+    if channels != _CHANNELS.get(codec, channels):
         return f"an image of shape {shape} is not {codec}"
     if (codec == "gray" or codec.startswith("bayer")) and channels != 1:
         return f"an image of shape {shape} is not {codec}"

@@ -1,12 +1,14 @@
 """What the processor can do in hardware, and which AEAD that makes the better choice.
 
 aarch64 Linux: ``getauxval(AT_HWCAP)`` bit 3 = AES, bit 4 = PMULL; 32-bit ARM: ``AT_HWCAP2`` bits 0 and 1; x86: the
-flags ``aes`` and ``pclmulqdq``. Without both, table AES is slow and leaks through the cache: ChaCha20-Poly1305 then.
+flags ``aes`` and ``pclmulqdq``. A 32-bit process on a 64-bit kernel is told ``aarch64`` and has 32-bit ARM's words, so
+the size of its pointers decides. Without both, table AES is slow and leaks through the cache: ChaCha20-Poly1305 then.
 """
 
 from __future__ import annotations
 
 import platform
+import struct
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,9 +23,10 @@ _ARM32_AES_PMULL = 1 << 0 | 1 << 1
 def flags() -> frozenset[str]:
     """Names among ``aes`` (AES and carry-less multiplication, both) and ``vaes`` (wide AES) that this CPU has."""
     machine = platform.machine().lower()
-    if machine in {"aarch64", "arm64"}:
+    arm = machine.startswith(("aarch64", "arm"))
+    if arm and struct.calcsize("P") == 8:
         return _arm(_AT_HWCAP, _AARCH64_AES_PMULL)
-    if machine.startswith("arm"):
+    if arm:
         return _arm(_AT_HWCAP2, _ARM32_AES_PMULL)
     return _x86()
 

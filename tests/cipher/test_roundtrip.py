@@ -129,6 +129,45 @@ def test_what_is_no_image_is_a_clear_error_and_costs_no_counter(bad):
     assert epoch.frames == 0
 
 
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (5, "a int is no picture"),
+        (None, "NoneType is no picture"),
+        ("text", "a str is no picture"),
+        ([1, 2, 3], "a list is no picture"),
+        ([[1, 2], [3, 4]], "a list is no picture"),
+        (np.uint8(3), "a uint8 is no picture"),
+        (np.array(5, np.uint8), "not 0: ()"),
+        (np.zeros(4, np.uint8), "not 1: (4,)"),
+        (np.zeros((2, 2, 2, 3), np.uint8), "not 4: (2, 2, 2, 3)"),
+        (np.zeros((0, 4), np.uint8), "has no area"),
+        (np.zeros((4, 4, 17), np.uint8), "17 channels: at most 16"),
+        (memoryview(np.zeros((4, 4), np.uint8)), "2 axes is no file's bytes"),
+        (memoryview(np.zeros(4, np.uint16)), "format 'H'"),
+        (Picture(pixels=[[1, 2], [3, 4]]), "a list, not a numpy array"),
+        (Picture(blob="text", codec="blob"), "a str, not bytes"),
+        (Picture(blob=b"x", codec="blob", taken="noon"), "not a number"),
+    ],
+    ids=repr,
+)
+def test_what_is_wrong_with_a_picture_is_named(bad, words):
+    epoch = open_epoch(trust_for())
+    with pytest.raises(DataError) as raised:
+        epoch.seal(bad)
+    assert words in str(raised.value)
+    assert epoch.frames == 0
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_a_files_bytes_may_come_in_any_buffer(kind):
+    trust = trust_for()
+    epoch = open_epoch(trust)
+    blob = b"\xff\xd8\xff and more"
+    opened = open_frame(epoch.seal(kind(blob)), epoch.signed.raw, RECIPIENTS[0], trust)
+    assert (opened.blob, opened.codec) == (blob, "jpeg")
+
+
 def test_the_buffer_of_one_frame_does_not_show_in_a_smaller_next_one():
     trust = trust_for()
     epoch = open_epoch(trust)

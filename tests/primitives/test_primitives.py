@@ -209,25 +209,29 @@ def test_backends_are_chosen_by_name(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("machine", "hwcap", "expected"),
+    ("machine", "pointer", "hwcap", "expected"),
     [
-        ("aarch64", 0b11000, p.AES_GCM),
-        ("aarch64", 0b01000, p.CHACHA),
-        ("armv7l", 0b11, p.AES_GCM),
-        ("armv7l", 0, p.CHACHA),
+        ("aarch64", 8, 0b11000, p.AES_GCM),
+        ("aarch64", 8, 0b01000, p.CHACHA),
+        ("armv7l", 4, 0b11, p.AES_GCM),
+        ("armv7l", 4, 0, p.CHACHA),
+        ("aarch64", 4, 0b11, p.AES_GCM),  # a 32-bit system on a 64-bit kernel
+        ("aarch64", 4, 0b11000, p.CHACHA),
+        ("armv8l", 4, 0b11, p.AES_GCM),
     ],
 )
-def test_the_algorithm_follows_the_cpu(machine, hwcap, expected, monkeypatch):
+def test_the_algorithm_follows_the_cpu(machine, pointer, hwcap, expected, monkeypatch):
     import ctypes
     from types import SimpleNamespace
 
     class Getauxval:
         def __call__(self, entry):
-            assert entry == (16 if machine == "aarch64" else 26)
+            assert entry == (16 if pointer == 8 else 26)
             return hwcap
 
     cpu.flags.cache_clear()
     monkeypatch.setattr(cpu.platform, "machine", lambda: machine)
+    monkeypatch.setattr(cpu, "struct", SimpleNamespace(calcsize=lambda _: pointer))
     monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(getauxval=Getauxval()))
     assert cpu.choose_alg() == expected
     cpu.flags.cache_clear()
