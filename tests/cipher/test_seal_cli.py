@@ -1,8 +1,11 @@
 """The commands: make keys, sign the list, seal an image, open it; and each refusal with its exit code."""
 
+import io
 import json
+import struct
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -88,6 +91,116 @@ def test_float_pixels_travel_as_npy_and_refuse_to_be_png(site):
     assert np.array_equal(np.load(site / "out.npy"), pixels)
     with pytest.raises(DataError, match="without loss"):
         open_(site, sealed, site / "out.png")
+
+
+def png_file(depth, kind, row, width=4):
+    """A PNG of one row, by hand: Pillow writes no 16-bit colour."""
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", width, 1, depth, kind, 0, 0, 0)), (b"IDAT", zlib.compress(b"\0" + row)))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + tag + data + struct.pack(">I", zlib.crc32(tag + data))
+        for tag, data in (*chunks, (b"IEND", b""))
+    )
+
+
+def saved(pixels, kind, **options):
+    out = io.BytesIO()
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+LOSSY = {
+    "16-bit RGB": ("png", lambda: png_file(16, 2, bytes(range(24))), "16 bits"),
+    "16-bit RGBA": ("png", lambda: png_file(16, 6, bytes(range(32))), "16 bits"),
+    "16-bit gray and alpha": ("png", lambda: png_file(16, 4, bytes(range(16))), "16 bits"),
+    "32-bit integers": ("tif", lambda: saved(np.zeros((4, 4)).astype(np.int32), "TIFF"), "cut to 8|rescaled"),
+    "signed": ("tif", lambda: saved(np.zeros((4, 4), np.uint16), "TIFF", tiffinfo={339: 2}), "rescaled"),
+    "CMYK TIFF": ("tif", lambda: saved(Image.new("CMYK", (4, 4)), "TIFF"), "CMYK"),
+    "CMYK JPEG": ("jpg", lambda: saved(Image.new("CMYK", (8, 8)), "JPEG"), "CMYK"),
+    "16-bit PPM": ("ppm", lambda: b"P6 2 2 65535\n" + bytes(range(24)), "rescaled"),
+    "other scale": ("pgm", lambda: b"P5 2 2 100\n" + bytes(4), "rescaled"),
+    "two pictures": (
+        "tif",
+        lambda: saved(Image.new("L", (4, 4)), "TIFF", save_all=True, append_images=[Image.new("L", (4, 4))]),
+        "2 pictures",
+    ),
+    "JPEG 2000": ("jp2", lambda: saved(Image.new("L", (32, 32)), "JPEG2000"), "not decoded"),
+}
+
+
+@pytest.mark.parametrize("name", LOSSY)
+def test_what_decoding_would_change_is_refused_and_travels_as_it_is(site, name):
+    ending, make, words = LOSSY[name]
+    image = site / f"in.{ending}"
+    image.write_bytes(make())
+    with pytest.raises(DataError, match=words) as raised:
+        seal(site, image)
+    assert "--as-is" in raised.value.hint
+    assert ".npy" in raised.value.hint
+    sealed = seal(site, image, "--as-is")
+    out = site / f"out.{ending}"
+    open_(site, sealed, out)
+    assert out.read_bytes() == image.read_bytes()
+
+
+KEPT = {
+    "16-bit gray PNG": ("png", lambda: png_file(16, 0, bytes(range(8))), np.arange(8, dtype=np.uint8).view(">u2")),
+    "16-bit gray TIFF": ("tif", lambda: saved(np.arange(4, dtype=np.uint16)[None] * 999, "TIFF"), [0, 999, 1998, 2997]),
+    "16-bit PGM": ("pgm", lambda: b"P5 4 1 65535\n" + bytes(range(8)), np.arange(8, dtype=np.uint8).view(">u2")),
+    "float TIFF": ("tif", lambda: saved(np.float32([[0, 0.1, 1e9, -3]]), "TIFF"), np.float32([0, 0.1, 1e9, -3])),
+    "2-bit gray": ("png", lambda: png_file(2, 0, b"\x1b"), [0, 85, 170, 255]),
+    "transparent gray": (
+        "png",
+        lambda: saved(np.uint8([[7, 8, 9, 7]]), "PNG", transparency=7),
+        [[7, 7, 7, 0], [8, 8, 8, 255], [9, 9, 9, 255], [7, 7, 7, 0]],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_deep_and_transparent_pictures_keep_every_value(site, name):
+    ending, make, values = KEPT[name]
+    (site / f"in.{ending}").write_bytes(make())
+    open_(site, seal(site, site / f"in.{ending}"), site / "out.npy")
+    assert np.load(site / "out.npy")[0].tolist() == np.asarray(values).tolist()
+
+
+def test_the_name_of_an_opened_file_tells_what_it_holds(site):
+    Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(site / "in.jpg")
+    sealed = seal(site, site / "in.jpg", "--as-is")
+    for wrong in ("out.png", "out.npy", "out.tif"):
+        with pytest.raises(DataError, match="jpeg file") as raised:
+            open_(site, sealed, site / wrong)
+        assert raised.value.hint == "--out out.jpg"
+        assert not (site / wrong).exists()
+    for right in ("out.JPG", "out.jpeg", "out.bin", "out"):
+        open_(site, sealed, site / right)
+        assert (site / right).read_bytes() == (site / "in.jpg").read_bytes()
+    np.save(site / "in.npy", np.zeros((4, 4, 2), np.uint8))
+    sealed = seal(site, site / "in.npy")
+    with pytest.raises(DataError, match="4x4x2 uint8") as raised:
+        open_(site, sealed, site / "out.png")
+    assert raised.value.hint == "use .npy"
+
+
+def test_files_that_cannot_be_written_and_broken_arrays_are_clear_errors(site):
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(site / "in.png")
+    sealed = seal(site, site / "in.png")
+    for out in (site / "none/x.npy", site / "none/x.png"):
+        with pytest.raises(ConfigError, match="no folder"):
+            open_(site, sealed, out)
+    with pytest.raises(ConfigError, match="cannot write"):
+        call("owner", "sign", site / "one.key.pub", "--key", site / "owner/owner.key", "--trust", site / "none/t.cbor")
+    with pytest.raises(ConfigError, match="cannot make the folder"):
+        call("owner", "new", "--out", site / "in.png/owner")
+    np.save(site / "0d.npy", np.uint8(5))
+    with pytest.raises(DataError, match="two or three axes"):
+        seal(site, site / "0d.npy")
+    raw = (site / "0d.npy").read_bytes()
+    for broken in (b"", b"PK\x03\x04", raw[:20], raw[:-1], raw.replace(b"()", b"(9999999999999,)")):
+        (site / "broken.npy").write_bytes(broken)
+        with pytest.raises(DataError, match="not an array file"):
+            seal(site, site / "broken.npy")
 
 
 def test_refusals_are_clear_errors(site):
