@@ -47,6 +47,10 @@ PRESET_NAMES = (
 @click.option("--clip", type=float, default=None, help="L2 norm the update was clipped to.")
 @click.option("--clients", type=click.IntRange(1), default=1, show_default=True, help="The update is their mean.")
 @click.option("--subspace", type=click.IntRange(0), default=None, help="Bound over so many low frequencies only.")
+@click.option(
+    "--momentum-state", type=click.Path(path_type=Path), default=None,
+    help="Momentum buffers before the round, as an update file, where the recipe carries them.",
+)  # fmt: skip
 @click.option("--classes", "with_classes", is_flag=True, help="Invert the classes of the model too.")
 @click.option("--no-bound", is_flag=True, help="Leave the bound out.")
 @click.option("--fail-on", default="never", show_default=True, type=click.Choice(["never", "leaks", "at-risk"]))
@@ -77,6 +81,7 @@ def update(
         audit = _audit(model, sent.tensors, recipe, canaries, options)
         record = {**audit.record(), "attack_settings": asdict(_attack(options))}
     record["recipe"] = asdict(recipe)
+    record["notes"] = _notes(model, sent.tensors, record)
     if options["with_classes"]:
         record["class_inversion"] = _class_inversion(model, canaries)
     if html:
@@ -104,8 +109,35 @@ def _audit(
         clients=options["clients"],
         subspace=options["subspace"],
         device=options["device"],
+        momentum=_momentum(options),
         progress=_progress(),
     )
+
+
+def _momentum(options: dict[str, Any]) -> dict[str, Any] | None:
+    import torch
+
+    if options["momentum_state"] is None:
+        return None
+    held = read_update_file(options["momentum_state"]).tensors
+    return {name: torch.tensor(value).to(options["device"]) for name, value in held.items()}
+
+
+def _notes(model: Any, tensors: dict[str, Any], record: dict[str, Any]) -> list[str]:
+    """What limits this audit, in words."""
+    from edgepriv.risk.gradient_leakage.statistics import momenta
+
+    notes = []
+    if not momenta(model):
+        notes.append("the model has no BatchNorm layer: gradients alone are matched")
+    elif not any(name.endswith(".running_mean") for name in tensors):
+        notes.append("the update holds no BatchNorm statistics: gradients alone are matched")
+    if record["bound"] is not None and (kept := record["bound"]["subspace"]):
+        notes.append(
+            f"the bound is over the lowest {kept} x {kept} frequencies of each channel; the attacker is taken to know"
+            " the others, so it is a ceiling still and its floor is higher"
+        )
+    return notes
 
 
 def _class_inversion(model: Any, canaries: Canaries) -> dict[str, Any]:
@@ -128,7 +160,7 @@ def _bound_only(
     jac = jacobian(
         model, canaries.images, canaries.labels, recipe, canaries.public,
         subspace=affordable_subspace(canaries.images.shape) if chosen is None else chosen,
-        clients=options["clients"], device=options["device"],
+        clients=options["clients"], momentum=_momentum(options), device=options["device"],
     )  # fmt: skip
     shares = any(name.endswith(".running_mean") for name in tensors)
     sigma = with_rounding(model.state_dict(), tensors, options["noise_sigma"])
@@ -246,4 +278,5 @@ def _as_text(record: dict[str, Any]) -> str:
             f"classes  {found['recognised']:.0%} of the inverted classes are recognised, "
             f"SSIM {found['mean_ssim']:.2f} with the class means (the prior: {found['prior_ssim']:.2f})"
         )
+    lines += [f"note     {note}" for note in record["notes"]]
     return "\n".join([*lines, record["caveat"]])

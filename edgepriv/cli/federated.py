@@ -78,6 +78,8 @@ def self_check_command(update_path: Path, *, as_json: bool, out: Path | None, **
 @click.option("--data", required=True, help="Labelled images: digits, a folder or a file.")
 @click.option("--images", "n_images", type=click.IntRange(1), default=None, help="Only the first so many.")
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--momentum-in", type=click.Path(path_type=Path), default=None, help="Buffers of the last round.")
+@click.option("--momentum-out", type=click.Path(path_type=Path), default=None, help="Write the buffers for the next.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Update file to write.")
 @click.option(
     "--canaries", type=click.Path(path_type=Path), default=None, help="Write the images in the order of training."
@@ -96,7 +98,10 @@ def train_command(architecture: str, weights: Path, *, out: Path, as_json: bool,
     model = _model(architecture, weights, data, fresh=options["fresh"], seed=options["seed"])
     recipe = recipe_from(options)
     x = np.ascontiguousarray(data.images.transpose(0, 3, 1, 2), np.float32) / np.float32(255)
-    trained = train_locally(model, x, data.labels, recipe, seed=options["seed"])
+    held = read_update_file(options["momentum_in"]).tensors if options["momentum_in"] else None
+    trained = train_locally(model, x, data.labels, recipe, seed=options["seed"], momentum=held)
+    if options["momentum_out"]:
+        options["momentum_out"].write_bytes(encode_update(trained.momentum))
     meta = {"recipe": recipe_meta(recipe), "images": len(data)}
     out.write_bytes(encode_update(trained.tensors, meta))
     if options["canaries"]:

@@ -22,6 +22,7 @@ _OPTIONS = (
     click.option("--batch-size", type=click.IntRange(1), default=None, help="Images in a step."),
     click.option("--epochs", type=click.IntRange(1), default=None, help="Passes over the images."),
     click.option("--momentum", type=float, default=None, help="Of SGD; starts at zero each round."),
+    click.option("--carry-momentum", is_flag=True, help="The momentum buffers survive from round to round."),
     click.option("--weight-decay", type=float, default=None, help="L2 penalty."),
     click.option("--proximal-mu", type=float, default=None, help="FedProx's pull to the global model."),
     click.option("--head-only", is_flag=True, help="Only the last layer is trained, on a frozen backbone."),
@@ -52,6 +53,8 @@ def recipe_from(options: Mapping[str, Any], meta: Mapping[str, Any] | None = Non
     except TypeError as error:
         raise DataError(f"the update's recipe is malformed: {error}") from error
     recipe = replace(recipe, **{name: options[name] for name in NAMES if options.get(name) is not None})
+    if options.get("carry_momentum"):
+        recipe = replace(recipe, carries_momentum=True)
     if options.get("head_only"):
         recipe = replace(recipe, trainable=("head.",), batch_normalisation="frozen", shares_statistics=False)
     if options.get("frozen_bn"):

@@ -159,6 +159,7 @@ def judge_update(
     clients: int = 1,
     subspace: int | None = None,
     limits: Limits | None = None,
+    momentum: Mapping[str, Tensor] | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> UpdateAudit:
@@ -176,12 +177,13 @@ def judge_update(
         clients: it is the mean over this many devices.
         subspace: see :func:`bound.jacobian`; ``None`` takes what is affordable.
         limits: for the verdict.
+        momentum: buffers before the round, where the recipe carries them.
         device: a torch device.
         progress: of the attack.
     """
     check_update(model.state_dict(), update)
     attack, shape = attack or Attack(), canaries.images.shape
-    found = _attack(model, update, recipe, canaries, attack, clients, device, progress)
+    found = _attack(model, update, recipe, canaries, attack, clients, momentum, device, progress)
     pool = canaries.public.transpose(0, 2, 3, 1)[: None if canaries.apart else 0]
     leakage = score(
         found.images,
@@ -197,7 +199,7 @@ def judge_update(
         chosen = affordable_subspace(shape) if subspace is None else subspace
         jac = jacobian(
             model, canaries.images, canaries.labels, recipe, canaries.public,
-            subspace=chosen, clients=clients, device=device,
+            subspace=chosen, clients=clients, momentum=momentum, device=device,
         )  # fmt: skip
         shares = any(name.endswith(".running_mean") for name in update)
         ceiling = bound(jac, with_rounding(model.state_dict(), update, sigmas), shares_statistics=shares, clip=clip)
@@ -371,6 +373,7 @@ def _attack(
     canaries: Canaries,
     attack: Attack,
     clients: int,
+    momentum: Mapping[str, Tensor] | None,
     device: str,
     progress: Progress | None,
 ) -> Reconstruction:
@@ -389,6 +392,7 @@ def _attack(
         labels=canaries.labels,
         prior=canaries.public,
         clients=clients,
+        momentum=momentum,
         device=device,
         progress=progress,
     )

@@ -99,6 +99,7 @@ def jacobian(
     *,
     subspace: int = 0,
     clients: int = 1,
+    momentum: Mapping[str, Tensor] | None = None,
     device: str = "cpu",
 ) -> Jacobian:
     """Differentiate the update with respect to the canary images.
@@ -111,6 +112,7 @@ def jacobian(
         public: [m, c, h, w] images of the same kind, for the prior.
         subspace: 0 for every pixel; else only the ``subspace`` x ``subspace`` lowest DCT frequencies a channel.
         clients: the update is the mean over this many devices (an aggregate).
+        momentum: buffers before the round, where the recipe carries them.
         device: a torch device.
 
     Raises:
@@ -119,7 +121,7 @@ def jacobian(
     began = time.perf_counter()
     basis = _basis(images.shape[2], images.shape[3], subspace)
     channels, per_image = images.shape[1], images.shape[1] * basis.shape[0]
-    simulation = Simulation(model, recipe, clients=clients, device=device)
+    simulation = Simulation(model, recipe, clients=clients, momentum=momentum, device=device)
     size = sum(p.numel() for p in simulation.trained.values()) + 2 * sum(
         layer.running_mean.numel() for layer in simulation.layers.values()
     )

@@ -105,3 +105,47 @@ def test_the_tradeoff_command_writes_its_picture_and_settings(tmp_path):
     assert json.loads(done.stdout)["schema"] == "edgepriv.privacy-tradeoff/1"
     assert "<svg" in page.read_text()
     assert toml.read_text().count("[rounds") == 2
+
+
+def test_carried_momentum_needs_its_buffers_and_is_inverted_with_them(tmp_path):
+    base = ("--model", "cnn-bn", "--weights", tmp_path / "w.safetensors", "--data", "digits", "--momentum", 0.9)
+    carried = (*base, "--carry-momentum", "--images", 2)
+    first = _run(
+        "federated", "train", *carried, "--fresh", "--out", tmp_path / "1.upd", "--momentum-out", tmp_path / "m"
+    )
+    assert first.exit_code == 0, first.output
+    second = _run(
+        "federated", "train", *carried, "--momentum-in", tmp_path / "m", "--out", tmp_path / "2.upd",
+        "--canaries", tmp_path / "c.npz",
+    )  # fmt: skip
+    assert second.exit_code == 0, second.output
+    audit = ("--update", tmp_path / "2.upd", "--data", tmp_path / "c.npz", "--public", "digits", "--no-bound", "--json")
+    target = ("audit", "update", "--model", "cnn-bn", "--weights", tmp_path / "w.safetensors", *audit)
+    missing = _run(*target)
+    assert isinstance(missing.exception, DataError)
+    assert "momentum" in str(missing.exception)
+    found = _run(*target, "--momentum-state", tmp_path / "m")
+    assert json.loads(found.stdout)["attack"]["psnr_db"] > 25
+
+
+def test_a_model_without_batch_normalisation_is_audited_and_the_limit_is_said(tmp_path):
+    common = ("--model", "cnn", "--weights", tmp_path / "w.safetensors")
+    _run("federated", "train", *common, "--fresh", "--data", "digits", "--images", 1, "--out", tmp_path / "u.upd",
+         "--canaries", tmp_path / "c.npz")  # fmt: skip
+    done = _run("audit", "update", *common, "--update", tmp_path / "u.upd", "--data", tmp_path / "c.npz", "--public",
+                "digits", "--iterations", 20)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "no BatchNorm layer: gradients alone" in done.stdout
+
+
+def test_a_batch_over_the_limit_is_refused_and_its_bound_says_what_it_is_over(tmp_path):
+    common = ("--model", "cnn-bn", "--weights", tmp_path / "w.safetensors")
+    _run("federated", "train", *common, "--fresh", "--data", "digits", "--images", 40, "--batch-size", 40, "--out",
+         tmp_path / "u.upd", "--canaries", tmp_path / "c.npz")  # fmt: skip
+    audit = ("audit", "update", *common, "--update", tmp_path / "u.upd")
+    refused = _run(*audit, "--data", tmp_path / "c.npz")
+    assert isinstance(refused.exception, DataError)
+    assert "batches up to 32" in str(refused.exception)
+    bound = _run(*audit, "--public", "digits")
+    assert bound.exit_code == 0, bound.output
+    assert "frequencies of each channel" in bound.stdout
