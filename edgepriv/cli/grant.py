@@ -25,6 +25,7 @@ def grant(folder: Path, level: int, device: Path, expires: str, out: Path, issue
     from edgepriv.keys import load_identity, load_public
     from edgepriv.selective_encryption import bundle_files, levels, manifest
 
+    bundle_files.require_bundle(folder)
     signer = load_identity(issuer or folder / "owner" / "issuer.key")
     paper, _ = bundle_files.read_manifest(folder, [signer.public.ed25519])
     paper.level(level)

@@ -56,6 +56,8 @@ def publish(folder: Path, repository: Path, owner_key: Path, as_json: bool, **fl
     from edgepriv.selective_encryption import bundle_files, delivery
 
     owner = load_identity(owner_key)
+    if owner.public.role != "owner":
+        raise ConfigError(f"{owner_key} is the key of {owner.public.name}, not of an owner")
     own = folder / "owner" / "issuer.key"
     issuer = load_identity(own) if own.is_file() else owner
     paper, signed = bundle_files.read_manifest(folder, [issuer.public.ed25519])
@@ -180,7 +182,7 @@ def pull(config: Path, repository: Path, name: str, permission: Path | None, con
 @click.option("--permission", type=click.Path(path_type=Path), help="Used where the shipment has none for this device.")
 @AS_JSON
 def install(config: Path, shipment: Path, permission: Path | None, as_json: bool) -> None:
-    """Install SHIPMENT (what `publish --shipment` wrote) as the runtime does; opening it there, or `confirm`, ends the trial."""
+    """Install SHIPMENT, which `publish --shipment` wrote, as the runtime does; `confirm` ends the trial."""
     from edgepriv.device import shipments
 
     store, owner = _store(config)

@@ -73,12 +73,15 @@ protect.add_command(audit)
 def protect_model(**flags: Any) -> None:
     """Write a carrier with decoys, sealed segments for each level, and a signed manifest."""
     model_path: Path | None = flags["model"]
+    from edgepriv.selective_encryption.calibrate import TASKS
     from edgepriv.selective_encryption.pipeline import Options, make_bundle
 
     if flags["device"] != "cpu":
         from edgepriv.selective_encryption.select import compute
 
         compute.use(flags["threads"], flags["device"])
+    if flags["task"] not in TASKS:
+        raise ConfigError(f"unknown --task {flags['task']!r}", hint=f"use one of {', '.join(TASKS)}")
     options = Options(**{name: flags[name + "_" if name == "select" else name] for name in Options.__slots__})
     form = input_form(model_path, flags["task"], flags["mean"], flags["scale"], flags["sigma"])
     plain = _plain_model(model_path, flags["arch"], flags["weights"], flags["input_shape"])
@@ -118,7 +121,10 @@ def _plain_model(path: Path | None, arch: str | None, weights: Path | None, shap
         raise ConfigError("--arch needs --weights", hint="a .safetensors file")
     from edgepriv.selective_encryption.select import architectures
 
-    sizes = tuple(int(v) for v in (shape or "3,32,32").split(","))
+    try:
+        sizes = tuple(int(v) for v in (shape or "3,32,32").split(","))
+    except ValueError:
+        raise ConfigError(f"--input {shape!r} is not channels,height,width", hint="for example 3,32,32") from None
     return carrier.normalised(architectures.to_onnx(architectures.with_weights(arch or "", weights), sizes))
 
 

@@ -73,15 +73,20 @@ def read_secrets(folder: Path) -> dict[str, bytes]:
 
 def read_issuer(folder: Path) -> bytes:
     """Ed25519 key of the issuer that signed the owner's copy."""
+    require_bundle(folder)
     return load_public(folder / OWNER / ISSUER).ed25519
+
+
+def require_bundle(folder: Path) -> None:
+    """Raise MissingFileError unless the folder holds a protected model."""
+    if not (folder / MANIFEST).is_file():
+        raise MissingFileError(f"{folder} holds no protected model", hint="it must hold manifest.cbor")
 
 
 def read_manifest(folder: Path, issuers: Collection[bytes]) -> tuple[manifest.Manifest, bytes]:
     """Read and verify a bundle's manifest; returns it with its signed bytes."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise MissingFileError(f"{folder} holds no protected model", hint="it must hold manifest.cbor")
-    signed = path.read_bytes()
+    require_bundle(folder)
+    signed = (folder / MANIFEST).read_bytes()
     return manifest.decode_manifest(signed, issuers), signed
 
 

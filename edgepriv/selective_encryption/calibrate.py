@@ -105,7 +105,7 @@ def outputs(model: Restored | bytes, x: NDArray[np.float32], *, threads: int = 1
         kind = np.float16 if first.type == "tensor(float16)" else np.float32
         parts = [session.run(None, {first.name: x[at : at + step].astype(kind)})[0] for at in range(0, len(x), step)]
     except Exception as error:  # onnxruntime raises many types; each means: not this model with this data
-        raise DataError(f"the model does not run on this data: {str(error).splitlines()[0][:200]}") from error
+        raise DataError(f"the model does not run on this data: {' '.join(str(error).split())[:260]}") from error
     return np.concatenate(parts)
 
 

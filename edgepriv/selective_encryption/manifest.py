@@ -304,11 +304,11 @@ def open_signed(signed: bytes, use: str, schema: str, issuers: Collection[bytes]
         TrustError: signed by nobody who is pinned.
         AuthenticationError: altered.
     """
-    raw, issuer, signature = _parts(signed)
+    raw, issuer, signature = _parts(signed, use.removeprefix("model-"))
     if issuer not in issuers:
         raise TrustError("signed by somebody who is not a pinned model issuer", hint="check --issuer or trust.cbor")
     primitives.verify(issuer, use, raw, signature)
-    body = _decoded(raw)
+    body = _decoded(raw, use.removeprefix("model-"))
     if not isinstance(body, dict) or body.get("schema") != schema:
         raise DataError(f"not a {schema} object", hint="is it from a newer edgepriv, or another kind of file?")
     if cbor2.dumps(body, canonical=True) != raw:
@@ -316,22 +316,22 @@ def open_signed(signed: bytes, use: str, schema: str, issuers: Collection[bytes]
     return body, issuer
 
 
-def _parts(signed: bytes) -> tuple[bytes, bytes, bytes]:
+def _parts(signed: bytes, what: str) -> tuple[bytes, bytes, bytes]:
     if len(signed) > MAX_SIGNED_BYTES:
-        raise DataError(f"a signed object has at most {MAX_SIGNED_BYTES} bytes")
-    parts = _decoded(signed)
+        raise DataError(f"a signed {what} has at most {MAX_SIGNED_BYTES} bytes")
+    parts = _decoded(signed, what)
     if not isinstance(parts, list) or len(parts) != 3 or not all(isinstance(part, bytes) for part in parts):
-        raise DataError("not a signed edgepriv object")
+        raise DataError(f"not a signed {what}")
     return parts[0], parts[1], parts[2]
 
 
-def _decoded(raw: bytes) -> Any:
+def _decoded(raw: bytes, what: str) -> Any:
     """Decode exactly one CBOR item; the limits of the caller bound its size."""
     stream = io.BytesIO(raw)
     try:
         item = cbor2.load(stream)
     except (cbor2.CBORDecodeError, ValueError, TypeError, OverflowError, RecursionError, MemoryError) as error:
-        raise DataError("not a signed edgepriv object: the CBOR is broken") from error
+        raise DataError(f"not a signed {what}: the CBOR is broken", hint="is it the right file?") from error
     if stream.tell() != len(raw):
-        raise DataError("bytes follow the signed object")
+        raise DataError(f"bytes follow the signed {what}")
     return item

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgepriv.errors import RefusedError
+from edgepriv.errors import ConfigError, RefusedError
 from edgepriv.primitives import random_bytes
-from edgepriv.selective_encryption import calibrate, carrier, protection
+from edgepriv.selective_encryption import calibrate, carrier, decoys, manifest, protection
 from edgepriv.selective_encryption.restore import Restored
+from edgepriv.selective_encryption.select.choose import SCOPES
+from edgepriv.selective_encryption.select.scoring import STRATEGIES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 SCHEMA = "edgepriv.protect/1"
 SHARE_STEPS = (1.0, 1.5, 2.25, 3.4)  # how far the share is raised before protection is refused
 MASKED_MARGIN = 0.02
+CHECKS = ("quick", "none")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,7 @@ def make_bundle(
     log: Log = print,
 ) -> tuple[Bundle, dict[str, Any]]:
     """Protect a model in memory; raises the share, or refuses, while the quick attacks gain too much."""
+    _check_options(options)
     secret, model_id = random_bytes(32), random_bytes(16)
     targets = protection.parse_levels(options.levels)
     original = plain
@@ -91,6 +95,21 @@ def make_bundle(
     )
     report["secrets"] = {"key": bundle.key, "decoys": secret}
     return bundle, report
+
+
+def _check_options(options: Options) -> None:
+    """Refuse what cannot work before anything is computed (ConfigError)."""
+    if not 0 < options.share <= 1:
+        raise ConfigError(f"--share {options.share:g} is not a share", hint="more than 0, at most 1: for example 0.08")
+    for flag, given, known in (
+        ("--select", options.select, STRATEGIES),
+        ("--scope", options.scope, SCOPES),
+        ("--decoys", options.decoys, decoys.KINDS),
+        ("--mode", options.mode, manifest.MODES),
+        ("--check", options.check, CHECKS),
+    ):
+        if given not in known:
+            raise ConfigError(f"unknown {flag} {given!r}", hint=f"use one of {', '.join(known)}")
 
 
 def _scores(plain: Any, layers: Any, options: Options, train: Samples | None, log: Log) -> tuple[Any, str]:

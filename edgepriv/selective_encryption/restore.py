@@ -145,7 +145,10 @@ def open_with_key(
         entry = paper.level(number)
         sealed = _stored(stored, entry.segment.name)
         segment_key = levels.key_at(key, paper.binding.model_id, level, number)
-        plain = levels.unseal(segment_key, paper.binding, number, sealed)
+        try:
+            plain = levels.unseal(segment_key, paper.binding, number, sealed)
+        except AuthenticationError as error:
+            raise _altered(entry.segment.name) from error
         levels.apply_segment(files, paper.regions, plain)
     digest = levels.model_digest(files)
     if digest != paper.level(level).digest:
@@ -175,12 +178,21 @@ def _carrier(paper: manifest.Manifest, key: bytes, level: int, stored: Mapping[s
         content = _stored(stored, paper.stored_name(entry))
         if paper.sealed:
             first = levels.key_at(key, paper.binding.model_id, level, 1)
-            content = levels.unseal_file(first, paper.binding, index, content)
+            try:
+                content = levels.unseal_file(first, paper.binding, index, content)
+            except AuthenticationError as error:
+                raise _altered(paper.stored_name(entry)) from error
         array = _array(content)
         if len(array) != entry.size:
             raise AuthenticationError(f"{entry.name} has not the signed size", hint="fetch the model again")
         files.append(array)
     return files
+
+
+def _altered(name: str) -> AuthenticationError:
+    return AuthenticationError(
+        f"{name} is not authentic: it was altered, or belongs to another model or version", hint="fetch the model again"
+    )
 
 
 def _stored(stored: Mapping[str, Any], name: str) -> Any:

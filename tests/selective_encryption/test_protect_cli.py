@@ -1,6 +1,7 @@
 """The commands from end to end: protect, audit, grant, restore, publish, pull; and a clear error for each bad input."""
 
 import json
+import shutil
 import time
 
 import numpy as np
@@ -12,7 +13,14 @@ from torch.nn import functional
 
 from edgepriv import datasets
 from edgepriv.cli import root
-from edgepriv.errors import DataError, EdgeprivError, MissingFileError, RefusedError, TrustError
+from edgepriv.errors import (
+    AuthenticationError,
+    DataError,
+    EdgeprivError,
+    MissingFileError,
+    RefusedError,
+    TrustError,
+)
 from edgepriv.keys import Identity
 from edgepriv.selective_encryption.select import architectures
 from edgepriv.wire.trust import TrustList, sign_trust
@@ -237,6 +245,69 @@ def test_bad_models_are_clear_errors(tmp_path):
         command("protect", tmp_path / "y.onnx", "--out", tmp_path / "p")
     with pytest.raises(EdgeprivError, match="give a model file"):
         command("protect", "--out", tmp_path / "p")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--share", "2"), "--share 2 is not a share"),
+        (("--select", "foo"), "unknown --select 'foo'"),
+        (("--scope", "foo"), "unknown --scope"),
+        (("--decoys", "foo"), "unknown --decoys"),
+        (("--mode", "foo"), "unknown --mode"),
+        (("--check", "foo"), "unknown --check"),
+        (("--task", "foo"), "unknown --task"),
+        (("--levels", "0.9,0.6"), "targets must rise"),
+        (("--levels", "0.5,full"), "need data"),
+        (("--share", "0.00001"), "less than one kernel"),
+        (("--device", "nowhere"), "torch cannot compute"),
+    ],
+)
+def test_a_wrong_flag_of_protect_is_named(digits_model, tmp_path, flags, words):
+    with pytest.raises(EdgeprivError, match=words):
+        command("protect", digits_model, "--out", tmp_path / "p", *flags)
+    assert not (tmp_path / "p" / "manifest.cbor").exists()
+
+
+def test_a_model_without_convolution_and_a_wrong_shape_are_clear_errors(tmp_path):
+    from onnx import TensorProto, helper, numpy_helper, save
+
+    info = helper.make_tensor_value_info
+    shape = [info(name, TensorProto.FLOAT, ["n", 4]) for name in ("x", "y")]
+    weight = numpy_helper.from_array(np.eye(4, dtype=np.float32), "w")
+    graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "g", shape[:1], shape[1:], [weight])
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), str(tmp_path / "m.onnx"))
+    with pytest.raises(DataError, match="no convolution"):
+        command("protect", tmp_path / "m.onnx", "--out", tmp_path / "p")
+    with pytest.raises(DataError, match=r"does not run on this data: .*Expected: 2"):
+        command("protect", tmp_path / "m.onnx", "--dense", "--data", "digits", "--out", tmp_path / "p")
+    weights = tmp_path / "w.safetensors"
+    with pytest.raises(EdgeprivError, match="--input '3,a' is not"):
+        protect_denoiser(tmp_path, size="3,a")
+    assert weights.is_file()
+
+
+def test_a_tampered_segment_and_another_file_for_a_permission_are_named(protected, site, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(protected[0], copy)
+    good = permit(protected, site)
+    segment = copy / "level-1.segment"
+    segment.write_bytes(segment.read_bytes()[:-1] + b"x")
+    with pytest.raises(AuthenticationError, match=r"level-1\.segment is not authentic"):
+        restore((copy, None), site, good)
+    (copy / "carrier.onnx").unlink()
+    with pytest.raises(MissingFileError, match=r"lacks carrier\.onnx"):
+        restore((copy, None), site, good)
+    (tmp_path / "rubbish").write_bytes(b"hello")
+    with pytest.raises(DataError, match="not a signed permission"):
+        restore(protected, site, tmp_path / "rubbish")
+    with pytest.raises(MissingFileError, match="holds no protected model"):
+        command("grant", "--model", tmp_path, "--level", 1, "--device", "x", "--expires", "2099-01-01", "--out", "y")
+    with pytest.raises(EdgeprivError, match="not of an owner"):
+        command(
+            *("model", "publish", protected[0], "--repository", tmp_path / "r", "--owner", site / "cam1.key"),
+            *("--data", "digits"),
+        )
 
 
 def test_a_model_is_published_pulled_tested_switched_and_reported(protected, site, tmp_path):
