@@ -1,9 +1,10 @@
 """The report on an image cipher: the usual metrics, judged as statistics and not by eye.
 
-Columns: ``fresh`` (each message has its own id: what an observer of the product sees; says that keys are fresh) and
-``pinned`` (one id for both pictures of a pair, which the product never does: says whether a changed pixel spreads).
-Pinned is judged for the strong profile, whose claim it is, and printed for the others. Each column is measured for
-the whole cipher and for layers 1 and 2 alone.
+Columns: ``fresh``, labelled key freshness (each message has its own id: what an observer of the product sees);
+``pinned``, labelled plaintext sensitivity (one id for both pictures of a pair, which the product never does: says
+whether a changed pixel spreads); ``key``, labelled key sensitivity (two keys that differ in one bit). Pinned is judged
+for the strong profile, whose claim it is, and printed for the others. Each column is measured for the whole cipher and
+for layers 1 and 2 alone.
 
 Judgement: each test counts, over at least 200 pairs, how often a value leaves its two-sided 5 % interval, and tests
 the pooled NPCR and UACI; every p-value is held against 0.1 % divided by the number of judged tests in the report, so a
@@ -22,7 +23,8 @@ import numpy as np
 from edgepriv import primitives
 from edgepriv.cipher import layers, quality
 from edgepriv.cipher.cipher import FrameSealer, apply_layers, frame_keys
-from edgepriv.errors import DataError
+from edgepriv.cipher.picture import DTYPES, MAX_CHANNELS
+from edgepriv.errors import ConfigError, DataError, EdgeprivError
 from edgepriv.wire.envelope import BODY_OFFSET, HEADER_BYTES, META_BYTES
 from edgepriv.wire.epoch import AUTH_SIGNATURE, EpochRecord, SignedEpoch
 
@@ -38,6 +40,8 @@ FAMILY_ALPHA = 0.001
 PAIR_ALPHA = 0.05
 MIN_PAIRS = 200
 MIN_BYTES = 1024
+LEVELS = (0.05, 0.01, 0.001)
+LABELS = {"fresh": "key freshness", "pinned": "plaintext sensitivity", "key": "key sensitivity"}
 
 
 class Cipher(Protocol):
@@ -83,6 +87,31 @@ class LayersAlone:
         return out[self._skip :].reshape(image.shape)
 
 
+class Foreign:
+    """Another's cipher: what it gives is checked, and what it raises is told in one line."""
+
+    def __init__(self, cipher: Cipher, name: str) -> None:
+        if not callable(getattr(cipher, "encrypt", None)):
+            raise ConfigError(f"{name} has no encrypt(image, key, mid)")
+        self._cipher, self._name = cipher, name
+
+    def encrypt(self, image: Bytes, key: bytes, mid: bytes) -> Bytes:
+        """See Cipher."""
+        try:
+            out: Any = self._cipher.encrypt(image.copy(), key, mid)
+        except EdgeprivError:
+            raise
+        except Exception as error:
+            raise ConfigError(f"{self._name}.encrypt raised {type(error).__name__}: {error}") from error
+        if not isinstance(out, np.ndarray) or out.dtype != np.uint8 or out.shape != image.shape:
+            got = f"{out.dtype} {out.shape}" if isinstance(out, np.ndarray) else f"a {type(out).__name__}"
+            raise ConfigError(
+                f"{self._name}.encrypt returned {got}",
+                hint=f"a numpy array of uint8 and of the image's shape {image.shape}",
+            )
+        return out
+
+
 @dataclass(frozen=True, slots=True)
 class Test:
     """One judged or printed statistic."""
@@ -102,6 +131,7 @@ class Test:
         return {
             "subject": self.subject,
             "column": self.column,
+            "label": LABELS[self.column],
             "test": self.name,
             "mean": self.value,
             "interval_05": [self.interval.low, self.interval.high],
@@ -119,6 +149,7 @@ class ImageReport:
 
     path: str
     image: Bytes
+    note: str = ""
     tests: list[Test] = field(default_factory=list)
     pictures: dict[str, Bytes] = field(default_factory=dict)
 
@@ -139,25 +170,51 @@ def subjects_of(profile: str, alg: primitives.Alg) -> dict[str, tuple[Cipher, bo
     return whole
 
 
+def bytes_of(path: str, pixels: NDArray[Any]) -> tuple[Bytes, str]:
+    """The bytes [h, w, c] that are measured, and a note where a pixel is more than one byte.
+
+    Raises:
+        DataError: not an image that could be sealed, or one too small for the metrics.
+    """
+    if pixels.ndim not in {2, 3}:
+        raise DataError(f"{path}: a picture has two or three axes, not {pixels.ndim}: {pixels.shape}")
+    if not pixels.size:
+        raise DataError(f"{path}: a picture of shape {pixels.shape} has no area")
+    dtype = DTYPES.get(pixels.dtype.name)
+    if dtype is None:
+        raise DataError(f"{path}: pixels of type {pixels.dtype} cannot be sealed", hint=f"use {', '.join(DTYPES)}")
+    channels = pixels.shape[2] if pixels.ndim == 3 else 1
+    if channels > MAX_CHANNELS:
+        raise DataError(f"{path}: a picture of {channels} channels: at most {MAX_CHANNELS} can be sealed")
+    image = np.ascontiguousarray(pixels, dtype).view(np.uint8)
+    if image.size < MIN_BYTES:
+        raise DataError(f"{path}: {image.size} bytes are too few for the metrics", hint=f"at least {MIN_BYTES}")
+    cube = image if image.ndim == 3 else image[:, :, None]
+    if dtype.itemsize == 1:
+        return cube, ""
+    said = (
+        f"{pixels.dtype.name} {list(pixels.shape)} is measured as its bytes, low byte first: uint8 {list(image.shape)}"
+    )
+    return cube, said
+
+
 def measure(
     path: str,
-    image: Bytes,
+    image: NDArray[Any],
     subjects: dict[str, tuple[Cipher, bool]],
     *,
     pairs: int = MIN_PAIRS,
     random: Callable[[int], bytes] = primitives.random_bytes,
 ) -> ImageReport:
-    """Measure every subject on one picture (uint8, [h, w] or [h, w, c]).
+    """Measure every subject on one picture ([h, w] or [h, w, c]; wider types as their bytes).
 
     Raises:
-        DataError: a picture below 1,024 bytes, where the metrics say nothing, or fewer than 200 pairs.
+        DataError: a picture as in `bytes_of`, or fewer than 200 pairs.
     """
-    if image.size < MIN_BYTES or image.dtype != np.uint8:
-        raise DataError(f"{path}: the report needs 8-bit pictures of at least {MIN_BYTES} bytes")
+    cube, note = bytes_of(path, image)
     if pairs < MIN_PAIRS:
         raise DataError(f"{pairs} pairs are too few to judge", hint=f"at least {MIN_PAIRS}")
-    cube = np.ascontiguousarray(image if image.ndim == 3 else image[:, :, None])
-    report = ImageReport(path, cube)
+    report = ImageReport(path, cube, note)
     for name, (cipher, pinned_judged) in subjects.items():
         for column in ("fresh", "pinned"):
             judged = column == "fresh" or pinned_judged
@@ -269,17 +326,20 @@ def document(reports: list[ImageReport], *, cipher: str, pairs: int) -> dict[str
         "pairs": pairs,
         "family_alpha": FAMILY_ALPHA,
         "threshold_p": threshold,
+        "columns": LABELS,
         "images": [_image_document(report, threshold) for report in reports],
     }
 
 
 def _image_document(report: ImageReport, threshold: float) -> dict[str, Any]:
     failed = [test for test in report.tests if test.judged and test.p < threshold]
+    alone = "fail" if any(test.subject == "layers" for test in failed) else "pass"
     return {
         "path": report.path,
         "shape": list(report.image.shape),
+        "note": report.note,
         "verdict": "fail" if failed else "pass",
-        "layers_verdict": "fail" if any(test.subject == "layers" for test in failed) else "pass",
+        "layers_verdict": alone if any(test.subject == "layers" for test in report.tests) else None,
         "failed": [f"{test.subject} {test.column} {test.name}" for test in failed],
         "critical": critical_values(report.image.size),
         "metrics": [test.as_dict(threshold) for test in report.tests],
@@ -289,7 +349,7 @@ def _image_document(report: ImageReport, threshold: float) -> dict[str, Any]:
 def critical_values(n: int) -> dict[str, Any]:
     """The critical values for a picture of n bytes at 5 %, 1 % and 0.1 %."""
     rows: dict[str, Any] = {}
-    for alpha in (0.05, 0.01, 0.001):
+    for alpha in LEVELS:
         both = {
             "npcr": quality.npcr_interval(n, alpha),
             "uaci": quality.uaci_interval(n, alpha),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import math
 import struct
 import zlib
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,9 @@ def page(document: dict[str, Any], reports: list[ImageReport]) -> str:
         f"<h1>{title}</h1><p>{document['pairs']} pairs a column; a test fails below p = {document['threshold_p']:.1e}, "
         f"which keeps the whole report at a false alarm of {document['family_alpha']:.1%}. Passing is necessary and "
         "proves nothing: security rests on the AEAD alone.</p>"
+        "<p>Columns: <b>fresh</b>, key freshness: each message has its own id, as in the product. <b>pinned</b>, "
+        "plaintext sensitivity: one id for two pictures that differ in one bit, which the product never does; judged "
+        "for the strong profile alone. <b>key</b>, key sensitivity: two keys that differ in one bit.</p>"
         f"{body}</html>"
     )
 
@@ -42,12 +46,31 @@ def _section(entry: dict[str, Any], report: ImageReport) -> str:
     pictures = {"picture": report.image, **report.pictures}
     figures = "".join(_figure(name, pixels) for name, pixels in pictures.items())
     rows = "".join(_row(test) for test in entry["metrics"])
-    verdict = entry["verdict"]
+    verdict, alone = entry["verdict"], entry["layers_verdict"]
+    layers = f"; layers 1 and 2 alone: <span class={alone}>{alone}</span>" if alone else ""
+    note = f"<p>{html.escape(entry['note'])}</p>" if entry["note"] else ""
     return (
-        f"<h2>{html.escape(entry['path'])}: <span class={verdict}>{verdict}</span></h2>{figures}"
+        f"<h2>{html.escape(entry['path'])}: <span class={verdict}>{verdict}</span>{layers}</h2>{note}{figures}"
+        f"{_critical(entry)}"
         "<table><tr><th>test</th><th>subject</th><th>column</th><th>mean</th><th>5 % interval</th>"
         f"<th>outside</th><th>p</th><th></th></tr>{rows}</table>"
     )
+
+
+def _critical(entry: dict[str, Any]) -> str:
+    """The critical values for the picture's size, both sides of each."""
+    size, levels = math.prod(entry["shape"]), entry["critical"]
+    head = "".join(f"<th>{float(alpha) * 100:g} %</th>" for alpha in levels)
+    rows = ""
+    for name, values in next(iter(levels.values())).items():
+        cells = "".join(f"<td>{critical_text(level[name])}</td>" for level in levels.values())
+        rows += f"<tr><td>{name.replace('_', ' ')}</td>{cells}</tr>" if values else ""
+    return f"<h3>Critical values for {size:,} bytes</h3><table><tr><th>metric</th>{head}</tr>{rows}</table>"
+
+
+def critical_text(value: float | list[float]) -> str:
+    """A one-sided critical value, or the two ends of an interval."""
+    return f"{value[0]:.5f} to {value[1]:.5f}" if isinstance(value, list) else f"at least {value:.5f}"
 
 
 def _row(test: dict[str, Any]) -> str:
@@ -55,7 +78,7 @@ def _row(test: dict[str, Any]) -> str:
     result = ("pass" if test["pass"] else "fail") if test["judged"] else "printed"
     return (
         f"<tr class={'printed' if result == 'printed' else ''}><td>{test['test']}</td><td>{test['subject']}</td>"
-        f"<td>{test['column']}</td><td>{test['mean']:.5f}</td><td>{low:.5f} to {high:.5f}</td>"
+        f"<td>{test['column']}: {test['label']}</td><td>{test['mean']:.5f}</td><td>{low:.5f} to {high:.5f}</td>"
         f"<td>{test['outside_05']}/{test['of']}</td><td>{test['p']:.2g}</td><td class={result}>{result}</td></tr>"
     )
 

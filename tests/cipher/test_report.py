@@ -1,6 +1,7 @@
 """The report passes what is random, fails what is not, and prints without judging what is no claim."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -92,7 +93,7 @@ def test_npcr_that_is_too_high_fails_too():
 
 
 def test_small_pictures_and_few_pairs_are_refused():
-    with pytest.raises(DataError, match="1024"):
+    with pytest.raises(DataError, match="9 bytes are too few"):
         report.measure("x", np.zeros((3, 3), np.uint8), {})
     with pytest.raises(DataError, match="too few"):
         report.measure("x", BLACK, {}, pairs=199)
@@ -124,6 +125,144 @@ def test_the_command_has_words_for_people():
         assert result.exit_code == 0
         assert "black:40x40: pass" in result.stdout
         assert words in result.stdout
+
+
+def call(*arguments):
+    result = CliRunner().invoke(root, ["cipher", "report", *map(str, arguments)])
+    if isinstance(result.exception, Exception):
+        raise result.exception
+    return result
+
+
+def test_columns_are_labelled_and_critical_values_and_the_layers_verdict_are_shown_everywhere(tmp_path):
+    page = tmp_path / "report.html"
+    labels = ("key freshness", "plaintext sensitivity", "key sensitivity")
+    short = call("black:40x40", "--seed", 4, "--html", page).stdout
+    full = call("black:40x40", "--seed", 4, "--full").stdout
+    document = json.loads(call("black:40x40", "--seed", 4, "--json").stdout)
+    entry = document["images"][0]
+    assert document["columns"] == dict(zip(("fresh", "pinned", "key"), labels, strict=True))
+    assert {test["label"] for test in entry["metrics"]} == set(labels)
+    assert set(entry["critical"]) == {"0.05", "0.01", "0.001"}
+    html = page.read_text()
+    for text in (short, full, html):
+        assert all(label in text for label in labels)
+        for level in ("5 %", "1 %", "0.1 %"):
+            assert level in text
+        for row in entry["critical"].values():
+            low, high = row["uaci"]
+            assert f"{low:.5f} to {high:.5f}" in text
+        assert "ayers 1 and 2 alone: " in text
+    assert "chi square" in full
+    assert "chi square" in html
+    assert "black:40x40: pass (layers 1 and 2 alone: pass)" in short
+
+
+def test_a_cipher_without_layers_has_no_verdict_on_them():
+    entry = judge({"whole": (report.Product("aead", primitives.AES_GCM), False)})
+    assert entry["layers_verdict"] is None
+
+
+def test_wide_pixels_are_measured_as_bytes_and_the_report_says_so(tmp_path):
+    np.save(tmp_path / "wide.npy", np.zeros((32, 40), np.uint16))
+    result = call(tmp_path / "wide.npy", "--json", "--seed", 4)
+    entry = json.loads(result.stdout)["images"][0]
+    assert entry["shape"] == [32, 80, 1]
+    assert entry["note"] == "uint16 [32, 40] is measured as its bytes, low byte first: uint8 [32, 80]"
+    assert entry["note"] in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("pixels", "words"),
+    [
+        (np.zeros((64, 64)), "float64 cannot be sealed"),
+        (np.zeros((64, 64), np.int8), "int8 cannot be sealed"),
+        (np.zeros((64, 64), bool), "bool cannot be sealed"),
+        (np.zeros((64, 64), complex), "complex128 cannot be sealed"),
+        (np.zeros(4096, np.uint8), "not 1: "),
+        (np.uint8(3), "not 0: "),
+        (np.zeros((4, 4, 4, 40), np.uint8), r"not 4: \(4, 4, 4, 40\)"),
+        (np.zeros((0, 64), np.uint8), "has no area"),
+        (np.zeros((64, 64, 17), np.uint8), "17 channels: at most 16"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_what_cannot_be_measured_is_a_clear_error(pixels, words, tmp_path):
+    np.save(tmp_path / "x.npy", pixels)
+    with pytest.raises(DataError, match=words):
+        call(tmp_path / "x.npy")
+
+
+FOREIGN = """
+import numpy as np
+
+class NoEncrypt: pass
+
+class Arguments:
+    def __init__(self, key): pass
+
+class Raises:
+    def encrypt(self, image, key, mid): return 1 // 0
+
+class Bytes:
+    def encrypt(self, image, key, mid): return bytes(image.size)
+
+class Flat:
+    def encrypt(self, image, key, mid): return image.reshape(-1)
+
+class Wide:
+    def encrypt(self, image, key, mid): return image.astype(np.uint16)
+
+class InPlace:
+    def encrypt(self, image, key, mid):
+        image ^= np.random.default_rng(list(key + mid)).integers(0, 256, image.shape, dtype=np.uint8)
+        return image
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("foreign:NoEncrypt", "has no encrypt"),
+        ("foreign:Arguments", "TypeError"),
+        ("foreign:Raises", "encrypt raised ZeroDivisionError"),
+        ("foreign:Bytes", "returned a bytes"),
+        ("foreign:Flat", r"returned uint8 \(4096,\)"),
+        ("foreign:Wide", "returned uint16"),
+        ("foreign:Missing", "AttributeError"),
+        ("foreign", "no cipher at foreign"),
+        ("..x:y", "no cipher at"),
+        ("broken:Thing", "SyntaxError"),
+    ],
+)
+def test_a_foreign_cipher_that_does_not_fit_is_a_clear_error(name, words, tmp_path, monkeypatch):
+    (tmp_path / "foreign.py").write_text(FOREIGN)
+    (tmp_path / "broken.py").write_text("class")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "foreign", raising=False)
+    with pytest.raises(ConfigError, match=words):
+        call("black:64x64", "--cipher", name)
+
+
+def test_a_foreign_cipher_that_works_in_place_spoils_no_picture(tmp_path, monkeypatch):
+    (tmp_path / "in_place.py").write_text(FOREIGN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "black:64x64: pass\n" in call("black:64x64", "--cipher", "in_place:InPlace", "--seed", 4).stdout
+
+
+def test_flags_are_checked_before_the_measurement(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "measure", lambda *a, **k: pytest.fail("it began"))
+    with pytest.raises(ConfigError, match="no folder"):
+        call("black:64x64", "--html", tmp_path / "none/x.html")
+    for arguments in (["report", "black:64x64", "--seed", "-1"], ["bench", "--rounds", "-1"]):
+        result = CliRunner().invoke(root, ["cipher", *arguments])
+        assert result.exit_code == 2
+        assert "is not in the range" in result.output
+    np.save(tmp_path / "bad.npy", np.zeros(5))
+    with pytest.raises(DataError):  # the second picture is looked at before the first is measured
+        call("black:64x64", tmp_path / "bad.npy")
 
 
 def test_the_png_writer_is_read_back_by_pillow():
