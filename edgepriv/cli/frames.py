@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgepriv.cli import trust_file
+from edgepriv.cli import pinned_trust
 from edgepriv.errors import ConfigError, EdgeprivError, MissingFileError
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def _connect(site: dict[str, Any]) -> tuple[GatewayClient, Identity, TrustList]:
     from edgepriv.keys import load_identity
     from edgepriv.mqtt import TlsFiles
 
-    identity, trust = load_identity(site["key"]), trust_file.read(site["trust"], site["owner"])
+    identity, trust = load_identity(site["key"]), pinned_trust.read(site["trust"], site["owner"])
     tls = TlsFiles(site["ca"], site["certificate"], site["tls_key"]) if site["ca"] else None
     client = GatewayClient(
         site["broker"], identity, trust, site["gateway"], shard=site["shard"], tls=tls, timeout_s=site["timeout_s"]

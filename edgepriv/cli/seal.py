@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgepriv.cli import trust_file
+from edgepriv.cli import pinned_trust
 from edgepriv.errors import ConfigError, DataError, MissingDependencyError, MissingFileError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def seal(
     from edgepriv.cipher.epochs import DeviceEpoch
     from edgepriv.keys import full_name, load_identity
 
-    identity, listed = load_identity(key), trust_file.read(trust, owner)
+    identity, listed = load_identity(key), pinned_trust.read(trust, owner)
     picture, now = _read_image(image, as_is=as_is), time.time()
     epoch = DeviceEpoch.open(
         identity, listed, full_name("gateway", gateway), seq=int(now), now=now, profile=profile, alg=alg, max_frames=1
@@ -90,7 +90,7 @@ def open_(file: Path, key: Path, out: Path, trust: Path, owner: Path, as_json: b
     from edgepriv.keys import load_identity
 
     check_out(out)
-    identity, listed = load_identity(key), trust_file.read(trust, owner)
+    identity, listed = load_identity(key), pinned_trust.read(trust, owner)
     record, envelope = container.unpack(_read(file))
     opener = FrameOpener(record, identity, listed)
     picture = opener.open(envelope)

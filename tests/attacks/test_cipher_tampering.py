@@ -405,9 +405,9 @@ RUN_UNTIL_KILLED = textwrap.dedent("""
     from edgepriv.cipher import container
     from edgepriv.cipher.epochs import DeviceEpoch
     from edgepriv.keys import load_identity
-    from edgepriv.cli import trust_file
+    from edgepriv.cli import pinned_trust
     home = Path(sys.argv[1])
-    trust = trust_file.read(home / "trust.cbor", home / "owner.pub")
+    trust = pinned_trust.read(home / "trust.cbor", home / "owner.pub")
     epoch = DeviceEpoch.open(load_identity(home / "device.key"), trust, "gateway-one", seq=1, now=time.time())
     image = np.full((32, 32, 3), 77, np.uint8)
     for i in range(5):

@@ -1,4 +1,4 @@
-"""Reading ``trust.cbor`` once, for a command: pinned owner key, rollback guard beside it."""
+"""Reading ``trust.cbor`` once, for a command: under the pinned owner key, rollback guard beside it."""
 
 from __future__ import annotations
 
