@@ -25,6 +25,7 @@ PAGE_ROWS = 50
 STALE_S = 15.0
 MAX_REMEMBERED = 2000
 MAX_SNAPSHOT_BYTES = 64 << 20
+ATTACK = ("psnr_db", "ssim", "iip", "rdlv", "seconds")
 _ROUND = "SELECT number, state, record, started, updated FROM rounds"
 
 
@@ -55,7 +56,7 @@ class Figures:
                 self._ended.clear()
             self._ended[number] = known
         report = reports.get(str(number), {})
-        return {**known[1], "accuracy": report.get("accuracy"), "leakage_bound": report.get("leakage_bound")}
+        return {**known[1], "accuracy": report.get("accuracy"), "leakage": _leakage(report)}
 
     def _count(self, sql: str, *params: Any) -> int:
         return int(self._db.query(sql, params)[0][0] or 0)
@@ -153,10 +154,10 @@ class Figures:
             return {}
         marks = ", ".join("?" for _ in numbers)
         rows = self._db.query(
-            f"SELECT subject, body FROM reports WHERE kind = 'round' AND subject IN ({marks})",  # noqa: S608
+            f"SELECT subject, sender, at, body FROM reports WHERE kind = 'round' AND subject IN ({marks})",  # noqa: S608
             [str(n) for n in numbers],
         )
-        return {subject: unpack(body) for subject, body in rows}
+        return {subject: {**unpack(body), "sender": sender, "at": at} for subject, sender, at, body in rows}
 
     def round(self, number: int) -> dict[str, Any] | None:
         """One round's record, or None."""
@@ -271,11 +272,38 @@ def _round(row: Row) -> dict[str, Any]:
         "delta": record.get("delta", 0.0),
         "noise": record.get("noise", "none"),
         "model": record.get("model", ""),
+        "parts": [list(part) for part in record.get("parts", [])],
         "before": _hex(record.get("before")),
         "after": _hex(record.get("after")),
         "started": started,
         "seconds": max(0.0, updated - started),
     }
+
+
+def _leakage(report: dict[str, Any]) -> dict[str, Any] | None:
+    """What the risk service found that a round's updates give away, as plain values; None where nobody looked."""
+    if not {"leakage_bound", "verdict", "error"} & report.keys():
+        return None
+    attack = report.get("attack")
+    return {
+        "error": str(report.get("error", ""))[:200],
+        "verdict": str(report.get("verdict", ""))[:40],
+        "reason": str(report.get("reason", ""))[:300],
+        "seen": str(report.get("seen", ""))[:120],
+        "about": str(report.get("about", ""))[:300],
+        "caveat": str(report.get("caveat", ""))[:300],
+        "bound": _figure(report.get("leakage_bound")),
+        "floor": _figure(report.get("leakage_floor")),
+        "attack": {k: _figure(v) for k, v in attack.items() if k in ATTACK} if isinstance(attack, dict) else {},
+        "clients": report.get("clients"),
+        "canaries": report.get("canaries"),
+        "by": str(report.get("sender", "")),
+        "at": report.get("at"),
+    }
+
+
+def _figure(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 def _hex(value: Any) -> str:

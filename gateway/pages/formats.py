@@ -53,6 +53,12 @@ def percent(value: Any) -> str:
     return NONE if not isinstance(value, (int, float)) else f"{100 * value:.1f} %"
 
 
+def verdict(value: Any) -> str:
+    """The style of an audit's word: red, green, or neither where it is unsure."""
+    return {"leaks": "bad", "contained": "good"}.get(str(value), "unsure")
+
+
 FILTERS: dict[str, Callable[..., str]] = {
     "size": size, "duration": duration, "moment": moment, "number": number, "percent": percent,
+    "verdict": verdict,
 }  # fmt: skip

@@ -13,6 +13,7 @@ import httpx
 import pytest
 from gateway_site import Device, PagesServer, Site, exchange
 
+from edgepriv.wire import cbor
 from gateway.config import load
 from gateway.daemon import open_store
 from gateway.pages.access import Operators, Rate, Sessions
@@ -264,3 +265,78 @@ def test_the_pages_name_no_other_host(site):
     made = client(site, "vic")
     for path in READS:
         assert not re.search(r'(?:src|href)="(?:https?:)?//', made.get(path).text)
+
+
+def ended_round(site, number=1, **changes):
+    """A round as the daemon stores it when it is over."""
+    record = {
+        "round": number, "outcome": "done", "privacy": "masked", "participants": ["dev-cam1"], "invited": 2,
+        "rejected": [], "epsilon": 1.5, "delta": 1e-6, "noise": "distributed", "before": b"a" * 32, "after": b"b" * 32,
+        "parts": [["root/0", "done", "", 34], ["north", "out", "no partial sum came", 0]], **changes,
+    }  # fmt: skip
+    site.store.database.execute(
+        "INSERT INTO rounds (number, state, record, started, updated) VALUES (?, 'done', ?, ?, ?)",
+        (number, cbor.encode(record), time.time() - 90, time.time() - 30),
+    )
+
+
+def reported(site, number, **body):
+    site.store.database.execute(
+        "INSERT INTO reports (kind, subject, sender, at, body) VALUES ('round', ?, 'risk-lab', ?, ?)",
+        (str(number), time.time(), cbor.encode(body)),
+    )
+
+
+def test_a_round_shows_what_its_updates_give_away_and_says_when_nobody_looked(site):
+    for number in (1, 2, 3, 4):
+        ended_round(site, number)
+    attack = {"psnr_db": 31.4, "ssim": 0.91, "iip": 1.0, "rdlv": 0.2, "seconds": 12.0}
+    reported(
+        site, 1, leakage_bound=80.5, leakage_floor=11.4, verdict="leaks", reason="pictures come back", attack=attack,
+        seen="one device's own update", canaries=4, about="<b>pictures</b> of the lab", caveat="one attack",
+    )  # fmt: skip
+    reported(site, 2, leakage_bound=12.0, leakage_floor=11.4, verdict="contained", reason="masks", accuracy=0.973)
+    reported(site, 3, error="the weights are gone")
+    made = client(site, "vic")
+    text = made.get("/rounds").text
+    for shown in ("80.5 (prior 11.4): leaks", "12.0 (prior 11.4): contained", "could not be audited", "not audited"):
+        assert shown in text
+    assert "97.3 %" in text
+    leaking = made.get("/rounds/1").text
+    for shown in ("80.5 dB PSNR", "11.4 dB", "31.4 dB", "SSIM 0.91", "one device&#39;s own update", "risk-lab", "34"):
+        assert shown in leaking
+    assert "&lt;b&gt;pictures" in leaking
+    assert "no partial sum came" in leaking
+    assert "not measured" in leaking
+    assert "the weights are gone" in made.get("/rounds/3").text
+    assert "Not audited" in made.get("/rounds/4").text
+
+
+def test_a_report_of_nonsense_figures_breaks_no_page(site):
+    ended_round(site)
+    reported(
+        site, 1, leakage_bound="much", leakage_floor=None, attack="all of it", verdict=7, canaries={"a": 1}, at="x"
+    )
+    made = client(site, "vic")
+    for path in ("/rounds", "/rounds/1"):
+        assert made.get(path).status_code == 200
+
+
+def test_the_fleet_page_shows_what_devices_report(site):
+    status = {
+        "model": "gate", "level": 2, "trust_version": 3,
+        "counters": {"queue_items": 1234, "dropped_frames": 5, "dropped_outputs": 2, "certificate_days": 40.2},
+    }  # fmt: skip
+    site.store.database.execute(
+        "INSERT INTO devices (party, first_seen, last_seen, status, status_at) VALUES ('dev-cam9', 0, ?, ?, ?)",
+        (time.time(), cbor.encode(status), time.time()),
+    )
+    text = client(site, "vic").get("/fleet").text
+    row = text[text.index("dev-cam9") :]
+    cells = re.findall(r"<td>(.*?)</td>", row[: row.index("</tr>")])
+    assert cells[1:] == ["gate", "2", "1,234", "7", "40 d", "3"]
+    listed = json.loads(site.cli("devices", "--json").stdout)
+    assert listed["schema"] == "edgepriv.gateway-devices/1"
+    assert [d["name"] for d in listed["devices"]] == ["dev-cam9"]
+    assert "1234 items wait, 7 dropped, certificate 40 days, trust list 3" in site.cli("devices").stdout
+    assert "no devices" in site.cli("devices", "--search", "nobody").stdout
