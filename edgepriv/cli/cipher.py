@@ -200,4 +200,5 @@ def _bench_text(document: dict[str, Any]) -> str:
             )
         parts = "  ".join(f"{key} {ms:.3f}" for key, ms in frame["layer_ms"].items())
         lines.append(f"  parts (ms)   {parts}")
+    lines += [f"{key}: {text}" for key, text in document["includes"].items()]
     return "\n".join(lines)
