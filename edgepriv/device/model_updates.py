@@ -102,7 +102,7 @@ class ModelUpdates:
         every_s: float,
     ) -> None:
         self._follow, self._store, self._fetcher, self._send = follow, store, fetcher, send
-        self._installer, self._every_s = installer, every_s
+        self.installer, self._every_s = installer, every_s
         self._path = store().folder / "tried.json"
         self._tried = self._read()
         self._asked, self._question = -1e18, b""
@@ -151,7 +151,7 @@ class ModelUpdates:
         path = self._fetcher.want(*self._wanted, max_bytes=MAX_DELIVERY_BYTES)
         if path is not None:
             self._installing, self._wanted = self._wanted[0].hex(), None
-            self._installer.start(path)
+            self.installer.start(path)
         return False
 
     def _ask(self, now: float) -> None:
@@ -161,7 +161,7 @@ class ModelUpdates:
                 self._asked, self._question = now, question.id
 
     def _installed(self) -> bool:
-        report = self._installer.poll()
+        report = self.installer.poll()
         if report is None:
             return False
         name, self._installing = self._installing, ""

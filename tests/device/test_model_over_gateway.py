@@ -8,42 +8,28 @@ from gateway_site import Site
 from model_site import TOML, Maker, Repository
 
 from edgepriv.device.models import ModelStore
+from edgepriv.device.packing import Limits
 from edgepriv.device.protected import trust_of
-from edgepriv.device.shipments import install_shipment
+from edgepriv.device.shipments import install_shipment, outcome
 from edgepriv.device.start import start_device
+from edgepriv.errors import AuthenticationError, EdgeprivError
+from edgepriv.keys import Identity
 from gateway.rollout import DONE, HALTED, Plan
 
 ONE_STAGE = Plan(stages=(100,), settle_s=0.0, min_good=1, min_failures=1)
 
 
-class Fleet:
-    """One device that follows the model ``eye``, its gateway, and the owner who ships versions."""
-
-    def __init__(self, folder):
-        self.site = Site(folder / "site", devices=("cam1",), models={"require_verdict": True})
-        self.site.policy["*"]["require_verdict"] = True
-        self.site.write_trust()
-        self.device = self.site.keys["dev-cam1"]
-        self.maker = Maker(self.site.owner, self.site.keys["risk-lab"], now=int(time.time()))
-        self.repository = Repository(self.maker, folder / "owner")
-        self.world = World(self.site, None)
-        self.models = self.world.gateway.models
-        trust = trust_of(self.site.trust, self.site.owner.public.ed25519, {"require_verdict": True})
-        self.store = ModelStore(self.site.folder / "dev-cam1" / "models", self.device, trust)
-        install_shipment(self.ship(1), self.store, self.site.owner.public.ed25519)
-        self.config = self.site.folder / "device.toml"
-        self.config.write_text(
-            """
+CONFIG = """
 [device]
-key = "dev-cam1.key"
+key = "NAME.key"
 trust = "trust.cbor"
 owner = "owner.key.pub"
 gateway = "gateway-main"
-state = "dev-cam1"
+state = "NAME"
 [broker]
 url = "mqtt://127.0.0.1:1"
 [model]
-path = "dev-cam1/models"
+path = "NAME/models"
 follow = "eye"
 check_s = 1.0
 [source]
@@ -56,40 +42,93 @@ width = 64
 take_part = false
 [run]
 status_s = 5.0
-interval_s = 5.0
-""".replace("ROWS", str(list(range(400))))
-        )
-        self.start()
+interval_s = PACE
+"""
 
-    def start(self):
+
+class InThisProcess:
+    """Installs as `edgepriv model install` does, without a process: for many devices."""
+
+    def __init__(self, store, owner):
+        self.store, self.owner, self.report = store, owner, None
+
+    def start(self, shipment):
+        store, error, measured = self.store(), None, None
+        try:
+            measured = install_shipment(shipment, store, self.owner)
+        except EdgeprivError as caught:
+            error = caught
+        self.report = outcome(store, error, measured)
+
+    def poll(self):
+        return self.report
+
+
+class Fleet:
+    """Devices that follow the model ``eye``, their gateway, and the owner who ships versions."""
+
+    def __init__(self, folder, count=1, *, at_gateway=True):
+        names = [f"cam{n}" for n in range(1, count + 1)]
+        self.site = Site(folder / "site", devices=names, models={"require_verdict": at_gateway})
+        self.site.policy["*"]["require_verdict"] = True
+        self.site.write_trust()
+        self.owner = self.site.owner.public.ed25519
+        self.maker = Maker(self.site.owner, self.site.keys["risk-lab"], now=int(time.time()))
+        self.repository = Repository(self.maker, folder / "owner")
+        self.world = World(self.site, None)
+        self.models = self.world.gateway.models
+        first = self.ship(1)
+        for name in self.site.devices:
+            install_shipment(first, self.store(name), self.owner)
+            (self.site.folder / f"{name}.toml").write_text(
+                CONFIG.replace("NAME", name)
+                .replace("ROWS", str(list(range(400))))
+                .replace("PACE", "5.0" if count == 1 else "1e6")
+            )
+            self.start(name)
+        self.runtime = self.world.devices["dev-cam1"]
+
+    def store(self, name):
+        trust = trust_of(self.site.trust, self.owner, {"require_verdict": True})
+        return ModelStore(self.site.folder / name / "models", self.site.keys[name], trust)
+
+    def start(self, name="dev-cam1"):
         link = self.world.broker.link()
-        self.runtime = start_device(self.config, clock=lambda: self.site.now, link=link)
-        self.world.devices["dev-cam1"] = self.runtime
+        made = start_device(self.site.folder / f"{name}.toml", clock=lambda: self.site.now, link=link)
+        if len(self.site.devices) > 1:
+            made.stages.keeper.updates.installer = InThisProcess(lambda: self.store(name), self.owner)
+        self.world.devices[name] = made
+        self.runtime = made
 
     def ship(self, version, **options):
-        return self.repository.ship(version, self.device, **options)
+        return self.repository.ship(version, *(self.site.keys[name] for name in self.site.devices), **options)
 
-    def offer(self, version, **options):
+    def offer(self, version, *, plan=ONE_STAGE, altered=lambda raw: raw, **options):
         """What `edgepriv-gateway models add` and `models rollout` do."""
-        now = self.site.now
-        digest = self.models.add(self.ship(version, **options), name="", version="", actor="op", now=now)
-        self.models.begin_rollout(digest, ONE_STAGE, actor="op", now=now)
+        now, shipment = self.site.now, self.ship(version, **options)
+        shipment.write_bytes(altered(shipment.read_bytes()))
+        digest = self.models.add(shipment, name="", version="", actor="op", now=now)
+        self.models.begin_rollout(digest, plan, actor="op", now=now)
         return digest
 
     def run(self, until, *, limit_s=60):
         end = time.monotonic() + limit_s
         while not until():
             assert time.monotonic() < end, (self.models.listed(self.site.now), self.runtime.counters)
-            self.world.turn()
-            time.sleep(0.002)
+            if len(self.site.devices) == 1:
+                self.world.turn()
+                time.sleep(0.002)  # a real process installs meanwhile
+            else:
+                self.world.turn(0.5)
 
     def reported(self, digest):
-        self.run(lambda: self.models.rollout_of(digest).reports)
-        self.models.advance_rollouts(["dev-cam1"], self.site.now)
+        count = len(self.site.devices)
+        self.run(lambda: len(self.models.rollout_of(digest).reports) == count)
+        self.models.advance_rollouts(self.site.devices, self.site.now)
         return self.models.rollout_of(digest)
 
-    def running(self):
-        return self.runtime.stages.keeper.updates._store().report()["version"]
+    def running(self, name="dev-cam1"):
+        return self.store(name).report()["version"]
 
     def close(self):
         self.world.close()
@@ -170,3 +209,32 @@ def test_a_judged_protected_model_is_offered(fleet):
     digest = fleet.offer(2)
     assert row(fleet, digest)["withheld"] == ""
     assert row(fleet, digest)["verdict"] == "low leakage"
+
+
+def test_a_bad_bundle_is_refused_on_each_of_twenty_devices_with_the_reason_at_the_gateway(tmp_path):
+    fleet = Fleet(tmp_path, 20, at_gateway=False)
+    everyone = set(fleet.site.devices)
+    plan = Plan(stages=(100,), settle_s=0.0, min_good=1, min_failures=20)
+
+    def refused(reason, version, **options):
+        found = fleet.reported(fleet.offer(version, plan=plan, **options))
+        assert found.state == HALTED
+        assert set(found.reports) == everyone
+        assert all(state == "bad" and reason in why for state, why in found.reports.values()), found.reports
+        assert {fleet.running(name) for name in everyone} == {1 if version == 2 else 3}
+
+    refused("delivery metadata is refused", 2, altered=lambda raw: raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:])
+    refused("no verdict", 2, verdict=None)
+    refused("not a pinned model issuer", 2, issuer=Identity.new("owner", "stranger"))
+    refused("ms is over", 2, limits=Limits(max_latency_s=1e-9))
+    refused("accuracy 0.000", 2, labels=(fleet.maker.labels + 1) % 5)
+    done = fleet.reported(fleet.offer(3, plan=plan))
+    assert (done.state, {state for state, _ in done.reports.values()}) == (DONE, {"good"})
+    refused("is older than 3", 1, limits=Limits(min_accuracy=0.5))
+    fleet.close()
+
+
+def test_the_gateway_takes_no_model_of_a_stranger(fleet, tmp_path):
+    strange = Repository(Maker(), tmp_path / "strange").ship(2)
+    with pytest.raises(AuthenticationError, match="not a trusted model issuer"):
+        fleet.models.add(strange, name="", version="", actor="op", now=fleet.site.now)
