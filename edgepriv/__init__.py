@@ -1,9 +1,9 @@
 """Private AI on edge devices. The public names are loaded when first used: importing edgepriv costs nothing.
 
-Seal and open: `Identity`, `load_identity`, `DeviceEpoch`, `Picture`, `open_frame`. Run a device: `start_device`,
-`DeviceRuntime`, `Frame`, `FrameSource`, `ReleasePolicy`, `parse_policy`. Talk to a gateway: `GatewayClient`,
-`TrustFile`. Audit: `audit_outputs`, `judge_update`, `audit_shadows`. Models: `make_bundle`, `open_level`.
-Every error that is raised on purpose is an `EdgeprivError`. No other name is promised.
+Seal and open: `Identity`, `load_identity`, `DeviceEpoch`, `Picture`, `open_frame`, `OpenedFrames`. Run a device:
+`start_device`, `DeviceRuntime`, `Frame`, `FrameSource`, `ReleasePolicy`, `parse_policy`. Talk to a gateway:
+`GatewayClient`, `TrustFile`. Audit: `audit_outputs`, `judge_update`, `audit_shadows`. Models: `make_bundle`,
+`open_level`. Every error that is raised on purpose is an `EdgeprivError`. No other name is promised.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 if TYPE_CHECKING:
     from edgepriv.cipher.cipher import open_frame as open_frame
     from edgepriv.cipher.epochs import DeviceEpoch as DeviceEpoch
+    from edgepriv.cipher.opened import OpenedFrames as OpenedFrames
     from edgepriv.cipher.picture import Picture as Picture
     from edgepriv.client import GatewayClient as GatewayClient
     from edgepriv.device.capture import Frame as Frame
@@ -44,6 +45,7 @@ _HOMES = {
     "FrameSource": "edgepriv.device.capture",
     "GatewayClient": "edgepriv.client",
     "Identity": "edgepriv.keys",
+    "OpenedFrames": "edgepriv.cipher.opened",
     "Picture": "edgepriv.cipher.picture",
     "ReleasePolicy": "edgepriv.device.release",
     "TrustFile": "edgepriv.trust_file",

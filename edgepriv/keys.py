@@ -131,6 +131,14 @@ def full_name(role: str, name: str) -> str:
     return name if role == "owner" or name.startswith(prefix + "-") else f"{prefix}-{name}"
 
 
+def check_full_name(role: str, name: str) -> None:
+    """Refuse what is no full name of a role: names stand in topics, on pages and in terminals (KeyFileError)."""
+    prefix = ROLES.get(role, "")
+    bare = name if role == "owner" else name.removeprefix(prefix + "-")
+    if not prefix or not NAME.fullmatch(bare) or (role != "owner" and bare == name):
+        raise KeyFileError(f"{name[:60]!r} is no name of a {role[:20]!r}", hint="1 to 48 of a-z, 0-9 and -, prefixed")
+
+
 def public_path(path: Path) -> Path:
     """Where the public half of a key file lies."""
     return path.with_name(path.name + ".pub")
@@ -145,6 +153,7 @@ def load_identity(path: Path) -> Identity:
     """
     fields = _fields(path, private=True)
     try:
+        check_full_name(fields["role"], fields["name"])
         return Identity(
             fields["role"], fields["name"], _unb64(fields["ed25519_private"]), _unb64(fields["x25519_private"])
         )
@@ -158,6 +167,7 @@ def load_public(path: Path) -> PublicIdentity:
         path = public_path(path)
     fields = _fields(path, private=False)
     try:
+        check_full_name(fields["role"], fields["name"])
         return PublicIdentity(fields["role"], fields["name"], _unb64(fields["ed25519"]), _unb64(fields["x25519"]))
     except (KeyError, ValueError, binascii.Error):
         raise KeyFileError(f"{path} is not an edgepriv public key", hint="it ends in .pub") from None
@@ -172,6 +182,8 @@ def _fields(path: Path, *, private: bool) -> dict[str, str]:
         raise MissingFileError(f"no such key file: {path}") from None
     except OSError as error:
         raise KeyFileError(f"cannot read key file {path}: {error.strerror}") from None
+    if private and "ed25519_private" not in text and 'ed25519 = "' in text:
+        raise KeyFileError(f"{path} is a public key", hint="give the private file, which lies beside it without .pub")
     if private and mode & (stat.S_IRWXG | stat.S_IRWXO) and not _is_credential(path):
         raise KeyFileError(
             f"{path} can be read by others (mode {stat.S_IMODE(mode):04o})", hint=f"chmod 600 {path}, or make a new key"

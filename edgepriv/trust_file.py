@@ -1,4 +1,4 @@
-"""The trust list as a file that changes: reloads it, remembers the highest version, keeps the last good one.
+"""The trust list as a file that changes: reloads it, remembers the newest version, keeps the last good one.
 
 Every party uses this, so that a rolled-back, expired or forged file is refused everywhere by the same rules. A bad
 new file does not take a running party down: the list in force stays, the error is kept for the status, and the list
@@ -65,7 +65,7 @@ class TrustFile:
         before = self.current()
         if len(raw) > MAX_BYTES:
             raise TrustError("the trust list is too large")
-        trust = read_trust(raw, self._owner, now=self._clock(), min_version=self._seen())
+        trust = self._checked(raw)
         if trust.version <= before.version:
             raise TrustError(
                 f"trust list version {trust.version} is not newer than {before.version}, which is in force"
@@ -87,21 +87,27 @@ class TrustFile:
         if not found:
             raise failed or TrustError("there is no trust list")
         _, raw = max(found, key=lambda pair: pair[0].version)
-        trust = read_trust(raw, self._owner, now=self._clock(), min_version=self._seen())
-        self._remember(trust.version)
+        trust = self._checked(raw)
+        if (trust.version, trust.digest) != self._seen():
+            _replace(self._state, f"{trust.version} {trust.digest.hex()}".encode())
         return trust
 
-    def _seen(self) -> int:
-        try:
-            return int(self._state.read_text())
-        except FileNotFoundError:
-            return 0
-        except ValueError:
-            raise TrustError(f"{self._state} is damaged", hint="it holds the highest trust version seen") from None
+    def _checked(self, raw: bytes) -> TrustList:
+        version, digest = self._seen()
+        return read_trust(raw, self._owner, now=self._clock(), min_version=version, seen_digest=digest)
 
-    def _remember(self, version: int) -> None:
-        if version != (self._seen() if self._state.is_file() else -1):
-            _replace(self._state, str(version).encode())
+    def _seen(self) -> tuple[int, bytes]:
+        """Version and digest of the newest list that was ever in force here."""
+        try:
+            version, _, digest = self._state.read_text().partition(" ")
+            return int(version), bytes.fromhex(digest)
+        except FileNotFoundError:
+            return 0, b""
+        except ValueError:
+            raise TrustError(
+                f"{self._state} is damaged, which says what lists were seen here",
+                hint="restore it; or make sure that trust.cbor is the owner's newest, and delete it",
+            ) from None
 
 
 def _stamp(path: str) -> Stamp:

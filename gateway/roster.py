@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from edgepriv.keys import Identity, PublicIdentity
     from gateway.store import Store
 
-SEEN = "trust_version"
+SEEN, SEEN_DIGEST = "trust_version", "trust_digest"
 
 
 class Roster:
@@ -42,8 +42,10 @@ class Roster:
                 f"cannot read the trust list {self.path}: {error.strerror}",
                 hint="the owner makes it: edgepriv owner sign",
             ) from None
-        trust = read_trust(raw, self._owner.ed25519, now=now, min_version=int(self._store.meta(SEEN) or 0))
+        version, digest = int(self._store.meta(SEEN) or 0), self._store.meta(SEEN_DIGEST) or b""
+        trust = read_trust(raw, self._owner.ed25519, now=now, min_version=version, seen_digest=digest)
         self._store.set_meta(SEEN, trust.version)
+        self._store.set_meta(SEEN_DIGEST, trust.digest)
         self.raw = raw
         return trust
 

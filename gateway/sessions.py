@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgepriv.errors import AuthenticationError, ReplayError, TrustError, WireError
+from edgepriv.wire.allowed import Allowed
 from edgepriv.wire.epoch import SignedEpoch, read_epoch, unwrap_link
 from edgepriv.wire.link import LinkSession
 from gateway.store import CONFLICT, DUPLICATE, EpochRow
@@ -66,12 +67,13 @@ class Sessions:
             WireError: malformed, another party's topic, or a closed epoch.
             ReplayError: the epoch id was used with another record.
             AuthenticationError: not signed by the party, or not for this gateway.
-            TrustError: the party is unknown or revoked.
+            TrustError: the party is unknown or revoked, or the owner's policy does not permit such a record.
         """
         signed = read_epoch(raw, self._roster.trust)
         record = signed.record
         if record.party != party:
             raise WireError("an epoch record on another party's topic")
+        self._check_policy(signed, now)
         link = LinkSession(unwrap_link(record, self._identity), record.epoch_id, party, side="gateway")
         outcome = self._store.add_epoch(signed, now)
         row = self._store.epoch(record.epoch_id)
@@ -84,6 +86,15 @@ class Sessions:
         if newest is None or _is_newer(row, newest.row, first_time=outcome != DUPLICATE):
             self._current[party] = session
         return session, outcome
+
+    def _check_policy(self, signed: SignedEpoch, now: float) -> None:
+        """Refuse a new record that no recipient may open: the device keeps its frames, the rejection is counted."""
+        record = signed.record
+        if self._roster.party(record.party, now).role != "device" or record.max_frames == 0:
+            return  # a session without frames has nothing that a recipient would open
+        refusal = Allowed.by_policy(self._roster.trust.policy_for(record.party)).refusal(record)
+        if refusal and self._store.epoch(record.epoch_id) is None:
+            raise TrustError(f"the owner's policy for {record.party} does not permit {refusal}")
 
     def by_epoch(self, epoch_id: bytes) -> Session:
         """The session of an epoch, or UnknownEpochError."""

@@ -15,16 +15,17 @@ import numpy as np
 from edgepriv import primitives
 from edgepriv.cipher import layers
 from edgepriv.cipher.picture import Picture, decode_meta, encode_meta, payload_of, picture_of
-from edgepriv.errors import RefusedError, ReplayError, WireError
+from edgepriv.errors import RefusedError, ReplayError, TrustError, WireError
 from edgepriv.wire import envelope as wire
+from edgepriv.wire.allowed import Allowed
 from edgepriv.wire.envelope import AUTH_BYTES, BODY_OFFSET, META_BYTES, Envelope
-from edgepriv.wire.epoch import AUTH_LINK_MAC, AUTH_SIGNATURE, SignedEpoch, read_epoch, unwrap_content
+from edgepriv.wire.epoch import AUTH_SIGNATURE, SignedEpoch, read_epoch, unwrap_content
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from edgepriv.cipher.opened import OpenedFrames
     from edgepriv.keys import Identity
-    from edgepriv.wire.envelope import ReplayGuard
     from edgepriv.wire.link import LinkSession
     from edgepriv.wire.trust import TrustList
 
@@ -165,37 +166,6 @@ def remove_layers(
     layers.unpermute_into(masked, keys.layer1, alg, out)
 
 
-@dataclass(frozen=True, slots=True)
-class Allowed:
-    """What a receiver accepts from a device. Nothing is negotiated: anything else is refused."""
-
-    profiles: tuple[str, ...] = tuple(wire.PROFILES)
-    algs: tuple[str, ...] = tuple(wire.ALGS)
-    auths: tuple[str, ...] = tuple(wire.AUTHS)
-    min_version: int = wire.VERSION
-    recipient_forgery: bool = False
-
-    @classmethod
-    def by_policy(cls, policy: dict[str, Any]) -> Allowed:
-        """What the owner's policy for a device permits (`TrustList.policy_for`); see the table in README.md."""
-        default = cls()
-        return cls(
-            profiles=tuple(policy.get("profiles", default.profiles)),
-            algs=tuple(policy.get("algs", default.algs)),
-            auths=tuple(policy.get("auths", default.auths)),
-            min_version=int(policy.get("min_version", default.min_version)),
-            recipient_forgery=bool(policy.get("allow_recipient_forgery", False)),
-        )
-
-    def check(self, epoch: SignedEpoch) -> None:
-        """Refuse a record outside the list with AuthenticationError."""
-        record = epoch.record
-        listed = record.profile in self.profiles and record.alg in self.algs and record.auth in self.auths
-        shared = len(record.stanzas) > 1 and record.auth == AUTH_LINK_MAC
-        if not listed or record.version < self.min_version or (shared and not self.recipient_forgery):
-            raise primitives.not_authentic()
-
-
 class FrameOpener:
     """A recipient's end of one epoch: checks its record once, then opens its frames."""
 
@@ -206,18 +176,21 @@ class FrameOpener:
         trust: TrustList,
         *,
         allowed: Allowed | None = None,
-        guard: ReplayGuard | None = None,
+        opened: OpenedFrames | None = None,
     ) -> None:
         """Verify the record and unwrap the content key.
 
         Raises:
             WireError, TrustError, AuthenticationError: as `read_epoch` and `unwrap_content`.
+            TrustError: the record is outside what the owner's policy permits.
         """
         self.epoch = read_epoch(record, trust)
         self._device = trust.party(self.epoch.record.party, "device")
-        (allowed or Allowed.by_policy(trust.policy_for(self._device.name))).check(self.epoch)
+        permitted = allowed or Allowed.by_policy(trust.policy_for(self._device.name))
+        if refusal := permitted.refusal(self.epoch.record):
+            raise TrustError(f"the owner's policy for {self._device.name} does not permit {refusal}")
         self._ck = unwrap_content(self.epoch.record, recipient)
-        self._guard, self._scratch = guard, np.empty(0, np.uint8)
+        self._opened, self._scratch = opened, np.empty(0, np.uint8)
 
     def open(self, raw: bytes | bytearray | memoryview) -> Picture:
         """Verify and open one envelope.
@@ -230,12 +203,14 @@ class FrameOpener:
         wire.check_record(envelope, self.epoch)
         if envelope.auth == AUTH_SIGNATURE:
             self._device.verify(wire.SIGNATURE_USE, envelope.authenticated, envelope.tag)
-        digest = envelope.digest() if self._guard is not None else b""
-        if self._guard is not None and (outcome := self._guard.judge(envelope.counter, digest)) != "new":
+        if self._opened is None:
+            return self._open_authentic(envelope)
+        digest = envelope.content_digest()
+        outcome = self._opened.judge(self.epoch.digest, envelope.counter, digest)
+        if outcome == "conflict" or (outcome == "duplicate" and not self._opened.again):
             raise ReplayError(f"this frame is a {outcome}: its counter was opened before")
         picture = self._open_authentic(envelope)
-        if self._guard is not None:
-            self._guard.record(envelope.counter, digest)  # only after success
+        self._opened.record(self.epoch.digest, envelope.counter, digest)  # only after success
         return picture
 
     def _open_authentic(self, envelope: Envelope) -> Picture:
@@ -276,7 +251,7 @@ def open_frame(
     trust: TrustList,
     *,
     allowed: Allowed | None = None,
-    guard: ReplayGuard | None = None,
+    opened: OpenedFrames | None = None,
 ) -> Picture:
     """Open one frame with its epoch record; for many frames of an epoch keep a `FrameOpener`."""
-    return FrameOpener(record, recipient, trust, allowed=allowed, guard=guard).open(envelope)
+    return FrameOpener(record, recipient, trust, allowed=allowed, opened=opened).open(envelope)

@@ -15,6 +15,7 @@ from edgepriv.cipher.cipher import FrameSealer
 from edgepriv.errors import ConfigError, RefusedError, TrustError
 from edgepriv.primitives import cpu
 from edgepriv.wire import epoch as wire_epoch
+from edgepriv.wire.allowed import Allowed
 from edgepriv.wire.envelope import ALGS, AUTHS, MAX_FRAMES, PROFILES
 from edgepriv.wire.epoch import AUTH_LINK_MAC, AUTH_SIGNATURE, EPOCH_ID_BYTES, EpochRecord, SignedEpoch, sign_epoch
 from edgepriv.wire.link import LinkSession
@@ -68,7 +69,7 @@ class DeviceEpoch:
             now: Unix seconds.
             profile: ``flep3``, ``flep3-strong`` or ``aead``.
             alg: forces an algorithm; by default what the CPU does best.
-            max_frames: frames until the next epoch, at most 65,536.
+            max_frames: frames until the next epoch, at most 65,536; the policy may lower it.
             random: source of keys and ids; only tests with fixed vectors pass another.
 
         Raises:
@@ -76,14 +77,13 @@ class DeviceEpoch:
             ConfigError: a profile, algorithm or size that does not exist.
             RefusedError: the owner's policy forbids the setting.
         """
-        check_listed(identity, trust)
-        if identity.public.role != "device":
-            raise TrustError(f"{identity.name} is no device: only devices seal frames", hint="give a device's key")
+        _check_device(identity, trust)
         policy = trust.policy_for(identity.name)
         recipients = _recipients(trust, policy)
         auth = _auth(policy, len(recipients))
         chosen = alg or _alg_by_policy(policy)
-        _check_settings(policy, profile, chosen, auth, max_frames)
+        _check_settings(profile, chosen, auth, max_frames)
+        allowed = Allowed.by_policy(policy)
         epoch_id, ck, k_link = random(EPOCH_ID_BYTES), random(primitives.KEY_BYTES), random(primitives.KEY_BYTES)
         record = EpochRecord(
             version=wire_epoch.VERSION,
@@ -92,7 +92,7 @@ class DeviceEpoch:
             epoch_id=epoch_id,
             seq=seq,
             created=int(now),
-            max_frames=max_frames,
+            max_frames=min(max_frames, allowed.max_frames),
             trust_version=trust.version,
             alg=chosen,
             profile=profile,
@@ -101,6 +101,7 @@ class DeviceEpoch:
             link=wrap_link(trust, gateway_name, k_link, identity.name, epoch_id),
             commitment=wire_epoch.commitment(ck, identity.name, epoch_id),
         )
+        _check_permitted(record, allowed)
         session = LinkSession(k_link, epoch_id, identity.name, side="party")
         epoch = cls(identity, sign_epoch(record, identity), session, ck, trust)
         epoch._random = random
@@ -143,13 +144,20 @@ class DeviceEpoch:
         raise TypeError("an epoch's keys are not pickled")
 
 
+def _check_device(identity: Identity, trust: TrustList) -> None:
+    check_listed(identity, trust)
+    if identity.public.role != "device":
+        raise TrustError(f"{identity.name} is no device: only devices seal frames", hint="give a device's key")
+
+
 def _recipients(trust: TrustList, policy: dict[str, Any]) -> tuple[PublicIdentity, ...]:
     names = policy.get("recipients")
     listed = trust.with_role("recipient")
     chosen = tuple(r for r in listed if names is None or r.name in names)
     if not chosen:
         raise TrustError(
-            "no recipient may open this device's frames", hint="the owner lists one: owner sign --recipient"
+            "no recipient may open this device's frames",
+            hint="the owner lists one: edgepriv owner sign NAME.key.pub --key ... --trust ...",
         )
     return chosen
 
@@ -167,12 +175,17 @@ def _alg_by_policy(policy: dict[str, Any]) -> primitives.Alg:
     return best if best in allowed or not allowed else allowed[0]
 
 
-def _check_settings(policy: dict[str, Any], profile: str, alg: str, auth: str, max_frames: int) -> None:
+def _check_settings(profile: str, alg: str, auth: str, max_frames: int) -> None:
     for value, known, what in ((profile, PROFILES, "profile"), (alg, ALGS, "algorithm"), (auth, AUTHS, "auth")):
         if value not in known:
             raise ConfigError(f"unknown {what} {value!r}", hint=f"use one of {', '.join(known)}")
     if not 0 < max_frames <= MAX_FRAMES:
         raise ConfigError(f"max_frames is {max_frames}, not within 1 and {MAX_FRAMES}")
-    for value, key in ((profile, "profiles"), (alg, "algs"), (auth, "auths")):
-        if value not in policy.get(key, [value]):
-            raise RefusedError(f"the owner's policy does not permit {value}", hint=f"it permits {policy[key]}")
+
+
+def _check_permitted(record: EpochRecord, allowed: Allowed) -> None:
+    if refusal := allowed.refusal(record):
+        raise RefusedError(
+            f"the owner's policy for {record.party} does not permit {refusal}",
+            hint="change the device's [seal], or the policy: edgepriv owner sign --policy",
+        )

@@ -7,10 +7,13 @@ subsystems pass unread; a key that is close to one of ours but not it is taken f
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgepriv.errors import ConfigError
 from edgepriv.wire.envelope import ALGS, AUTHS, MAX_FRAMES, PROFILES
+
+if TYPE_CHECKING:
+    from edgepriv.keys import PublicIdentity
 
 _LISTS: dict[str, tuple[str, ...]] = {
     "profiles": tuple(PROFILES),
@@ -30,6 +33,23 @@ def check_policy(policy: dict[str, Any]) -> None:
         for key, value in table.items():
             if problem := _problem(key, value):
                 raise ConfigError(f"policy for {device}: {problem}")
+
+
+def check_names(policy: dict[str, dict[str, Any]], parties: tuple[PublicIdentity, ...]) -> None:
+    """Refuse a table for a device, or a recipient in one, that is not listed: a slip would narrow nothing in silence.
+
+    Raises:
+        ConfigError: naming the slip and the nearest listed name.
+    """
+    names = {role: [party.name for party in parties if party.role == role] for role in ("device", "recipient")}
+    for device, table in policy.items():
+        wanted = [("device", device)] if device != "*" else []
+        wanted += [("recipient", name) for name in table.get("recipients", ())]
+        for role, name in wanted:
+            if name not in names[role]:
+                near = difflib.get_close_matches(name, names[role], n=1)
+                hint = f"did you mean {near[0]}?" if near else f"list it first: edgepriv owner sign {name}.key.pub"
+                raise ConfigError(f"policy for {device}: {name!r} is no listed {role}", hint=hint)
 
 
 def _problem(key: str, value: Any) -> str:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from edgepriv.wire.trust import TrustList
 
 FILE = click.Path(path_type=Path, dir_okay=False)
+OPENED = "opened before (--again opens it once more)"
 
 
 def _site_options(command: Any) -> Any:
@@ -62,10 +63,24 @@ def list_(as_json: bool, **site: Any) -> None:
 @click.argument("digests", nargs=-1, metavar="[DIGEST]...")
 @click.option("--all", "everything", is_flag=True, help="All frames that the list shows.")
 @click.option("--open", "opened", is_flag=True, help="Open them and write images instead of sealed files.")
+@click.option("--again", is_flag=True, help="Open frames that were opened before once more.")
+@click.option("--opened", "memory", type=FILE, help="What was opened before.  [default: KEY.opened]")
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder to write to.")
 @_site_options
-def fetch(digests: tuple[str, ...], everything: bool, opened: bool, out: Path, as_json: bool, **site: Any) -> None:
-    """Fetch frames by the beginning of their digest, or all of them; sealed files open with ``edgepriv open``."""
+def fetch(
+    digests: tuple[str, ...],
+    everything: bool,
+    opened: bool,
+    again: bool,
+    memory: Path | None,
+    out: Path,
+    as_json: bool,
+    **site: Any,
+) -> None:
+    """Fetch frames by the beginning of their digest, or all of them; sealed files open with ``edgepriv open``.
+
+    A frame is opened once: the gateway, or who holds its store, cannot serve an old picture as a new one.
+    """
     if bool(digests) == everything:
         raise ConfigError("name digests, or give --all", hint="edgepriv frames list shows them")
     client, identity, trust = _connect(site)
@@ -74,11 +89,18 @@ def fetch(digests: tuple[str, ...], everything: bool, opened: bool, out: Path, a
         wanted = [f for f in _listed(client, site) if everything or f.digest.hex().startswith(digests)]
         if not wanted:
             raise MissingFileError("no such frame", hint="edgepriv frames list shows them")
-        openers = _Openers(identity, trust) if opened else None
+        openers = _Openers(identity, trust, memory or _beside(site["key"]), again=again) if opened else None
         rows = [_fetch_one(client, frame, out, openers) for frame in _shown(wanted)]
     failed = [row for row in rows if row["error"]]
-    document = {"schema": "edgepriv.frames-fetch/1", "frames": [r for r in rows if not r["error"]], "failed": failed}
-    _show(as_json, document, [f"{row['device']} {row['counter']}: {row['error'] or row['file']}" for row in rows])
+    repeated = [row for row in rows if not row["error"] and not row["file"]]
+    document = {
+        "schema": "edgepriv.frames-fetch/1",
+        "frames": [row for row in rows if row["file"]],
+        "opened_before": repeated,
+        "failed": failed,
+    }
+    lines = [f"{row['device']} {row['counter']}: {row['error'] or row['file'] or OPENED}" for row in rows]
+    _show(as_json, document, lines)
     if failed:
         sys.exit(1)
 
@@ -86,8 +108,10 @@ def fetch(digests: tuple[str, ...], everything: bool, opened: bool, out: Path, a
 class _Openers:
     """One opener for each epoch, so that a record is checked once."""
 
-    def __init__(self, identity: Identity, trust: TrustList) -> None:
-        self._identity, self._trust = identity, trust
+    def __init__(self, identity: Identity, trust: TrustList, memory: Path, *, again: bool) -> None:
+        from edgepriv.cipher.opened import OpenedFrames
+
+        self._identity, self._trust, self.opened = identity, trust, OpenedFrames(memory, again=again)
         self._made: dict[bytes, FrameOpener] = {}
 
     def of(self, digest: bytes, record: bytes) -> FrameOpener:
@@ -95,8 +119,12 @@ class _Openers:
         from edgepriv.cipher.cipher import FrameOpener
 
         if digest not in self._made:
-            self._made[digest] = FrameOpener(record, self._identity, self._trust)
+            self._made[digest] = FrameOpener(record, self._identity, self._trust, opened=self.opened)
         return self._made[digest]
+
+
+def _beside(key: Path) -> Path:
+    return key.with_name(key.name + ".opened")
 
 
 def _connect(site: dict[str, Any]) -> tuple[GatewayClient, Identity, TrustList]:
@@ -129,6 +157,8 @@ def _fetch_one(client: GatewayClient, frame: StoredFrame, out: Path, openers: _O
     """One frame to one file; what is wrong with a frame is told and the others go on."""
     row = {**_row(frame), "file": "", "error": ""}
     try:
+        if openers and not openers.opened.again and openers.opened.knows(frame.record, frame.counter):
+            return row  # not fetched again; whatever comes under another number is judged when it is opened
         raw, record = client.fetch(frame), client.epoch_record(frame.record)
         row["file"] = (
             _write_opened(raw, frame, record, out, openers) if openers else _write_sealed(raw, frame, record, out)

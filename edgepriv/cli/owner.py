@@ -33,7 +33,10 @@ def new(out: Path, as_json: bool) -> None:
     """Make the owner's key: OUT/owner.key (secret, offline) and OUT/owner.key.pub (to be pinned everywhere)."""
     from edgepriv.keys import Identity, public_path
 
-    out.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        out.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise ConfigError(f"cannot make the folder {out}: {error.strerror}") from None
     path = out / OWNER_FILE
     Identity.new("owner", "owner").save(path)
     if as_json:
@@ -59,12 +62,13 @@ def sign(
     root, listed = _load(key, trust, missing_ok=True)
     added = [load_public(path) for path in parties]
     now = int(time.time())
+    merged = _merge(listed.parties if listed else (), added, listed.revoked if listed else (), replace=replace)
     signed = _next(
         listed,
         issued=now,
         expires=now + days * 86400,
-        parties=_merge(listed.parties if listed else (), added, listed.revoked if listed else (), replace=replace),
-        policy=_policy(policy) if policy else (listed.policy if listed else {}),
+        parties=merged,
+        policy=_policy(policy, merged) if policy else (listed.policy if listed else {}),
     )
     _write(signed, root, trust, as_json=as_json)
 
@@ -153,8 +157,8 @@ def _merge(
     return tuple(sorted(by_name.values(), key=lambda party: (party.role, party.name)))
 
 
-def _policy(path: Path) -> dict[str, dict[str, Any]]:
-    from edgepriv.cipher.policy import check_policy
+def _policy(path: Path, parties: tuple[PublicIdentity, ...]) -> dict[str, dict[str, Any]]:
+    from edgepriv.cipher.policy import check_names, check_policy
 
     if sys.version_info >= (3, 11):
         import tomllib
@@ -167,6 +171,7 @@ def _policy(path: Path) -> dict[str, dict[str, Any]]:
     except ValueError as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
     check_policy(value)
+    check_names(value, parties)
     return value
 
 
@@ -175,11 +180,14 @@ def _write(trust: TrustList, root: Identity, path: Path, *, as_json: bool) -> No
 
     raw = sign_trust(trust, root)
     partial = path.with_name(path.name + ".part")
-    with partial.open("wb") as file:
-        file.write(raw)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise ConfigError(f"cannot write the trust list {path}: {error.strerror}") from None
     if as_json:
         click.echo(json.dumps(_document(trust, path)))
     else:

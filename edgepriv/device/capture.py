@@ -28,6 +28,8 @@ class Frame:
 
     ``pixels``: uint8, uint16 or float32 [height, width, channels]; ``at``: Unix seconds; ``label``: class index where
     the scene is known (simulation, labelled folders), else None; ``index`` counts captures of this process.
+    ``encoded``: the picture's compressed bytes as the camera made them; where given they are sealed, not the pixels.
+    ``codec``: what the pixels are, as in `edgepriv.cipher.picture` (``bgr``, ``bayer-rggb``, ...); by default by shape.
     """
 
     pixels: np.ndarray[Any, Any]
@@ -35,6 +37,8 @@ class Frame:
     index: int
     label: int | None = None
     name: str = ""
+    encoded: bytes | None = None
+    codec: str = ""
 
 
 class FrameSource(Protocol):
@@ -52,15 +56,21 @@ class FrameSource(Protocol):
 
 
 class DirectorySource:
-    """Pictures of a folder in name order, once or in a loop; a sub-folder's name is no label here."""
+    """Pictures of a folder in name order, once or in a loop; a sub-folder's name is no label here.
 
-    def __init__(self, path: Path, *, loop: bool = False, clock: Callable[[], float] = time.time) -> None:
+    ``encoded``: frames carry the file's own bytes, so that a JPEG is sealed and sent as small as it is.
+    """
+
+    def __init__(
+        self, path: Path, *, loop: bool = False, encoded: bool = False, clock: Callable[[], float] = time.time
+    ) -> None:
         if not path.is_dir():
             raise MissingFileError(f"no such image folder: {path}", hint="set [source] path")
         self._paths = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
         if not self._paths:
             raise MissingFileError(f"{path} holds no pictures")
         self._next, self._loop, self._clock, self.exhausted = 0, loop, clock, False
+        self._encoded = encoded
 
     def read(self) -> Frame | None:
         """See FrameSource."""
@@ -69,7 +79,8 @@ class DirectorySource:
             return None
         path = self._paths[self._next % len(self._paths)]
         index, self._next = self._next, self._next + 1
-        return Frame(read_image(path), self._clock(), index, name=path.name)
+        encoded = path.read_bytes() if self._encoded else None
+        return Frame(read_image(path), self._clock(), index, name=path.name, encoded=encoded)
 
     def close(self) -> None:
         """See FrameSource."""

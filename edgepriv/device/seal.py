@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from edgepriv.cipher.epochs import DeviceEpoch
+from edgepriv.cipher.picture import Picture
 from edgepriv.wire import envelope, messages, topics
-from edgepriv.wire.envelope import MAX_FRAMES
 from edgepriv.wire.output import Output
 
 if TYPE_CHECKING:
@@ -89,7 +89,6 @@ class Sealer:
         if self._epoch is not None and not force and not self._due(self._epoch, now, trust):
             return []
         self._previous = self._epoch
-        policy = trust.policy_for(self._identity.name)
         self._epoch = DeviceEpoch.open(
             self._identity,
             trust,
@@ -98,7 +97,7 @@ class Sealer:
             now=now,
             profile=self._config.profile,
             alg=None if self._config.alg == "auto" else cast("Alg", self._config.alg),
-            max_frames=min(self._config.frames_per_epoch, int(policy.get("max_frames", MAX_FRAMES))),
+            max_frames=self._config.frames_per_epoch,
         )
         signed = self._epoch.signed
         return [SealedItem("epoch", signed.digest, signed.digest, signed.raw)]
@@ -115,7 +114,7 @@ class Sealer:
         """Seal one frame and its output."""
         items = [self.seal_output(released, model, scene)]
         if self._config.images and self._epoch is not None:
-            raw = self._epoch.seal_view(released.inference.frame.pixels)
+            raw = self._epoch.seal_view(_picture(released))
             items.append(SealedItem("frame", envelope.parse(raw).digest(), self.epoch_digest, raw))
         return items
 
@@ -136,3 +135,13 @@ class Sealer:
         )
         raw = self.session.seal(self._topic, messages.encode(output))
         return SealedItem("output", hashlib.sha256(raw).digest(), self.epoch_digest, raw)
+
+
+def _picture(released: Released) -> Picture:
+    """What is sealed of a frame, with its time of capture."""
+    frame = released.inference.frame
+    if frame.encoded is not None:
+        return Picture.of(frame.encoded, taken=frame.at)
+    if frame.codec:
+        return Picture(pixels=frame.pixels, codec=frame.codec, taken=frame.at)
+    return Picture.of(frame.pixels, taken=frame.at)

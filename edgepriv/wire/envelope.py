@@ -31,7 +31,6 @@ from typing import TYPE_CHECKING, Literal
 from edgepriv import primitives
 from edgepriv.errors import WireError
 from edgepriv.wire.epoch import AUTH_LINK_MAC, AUTH_SIGNATURE
-from edgepriv.wire.transfer import Bitmap
 
 if TYPE_CHECKING:
     from edgepriv.keys import PublicIdentity
@@ -91,6 +90,10 @@ class Envelope:
         call this on verified envelopes only.
         """
         return hashlib.sha256(self.header + self.commitment + self.aead_tag + self.tag).digest()
+
+    def content_digest(self) -> bytes:
+        """What a recipient remembers of a frame it opened: all but the tag to the gateway, which it cannot check."""
+        return hashlib.sha256(self.header + self.commitment + self.aead_tag).digest()
 
 
 def pack_header(*, profile: str, alg: str, auth: str, counter: int, mid: bytes, epoch_digest: bytes) -> bytes:
@@ -201,38 +204,3 @@ def judge(known: bytes | None, digest: bytes) -> Outcome:
     if known is None:
         return "new"
     return "duplicate" if primitives.equal(known, digest) else "conflict"
-
-
-class ReplayGuard:
-    """Bitmap and digests of one (party, epoch): accepts each counter once, in any order, losing nothing."""
-
-    __slots__ = ("_digests", "_seen")
-
-    def __init__(self, max_frames: int, raw: bytes = b"") -> None:
-        if not 0 < max_frames <= MAX_FRAMES:
-            raise WireError(f"an epoch of {max_frames} frames is over the limit of {MAX_FRAMES}")
-        size = (max_frames + 7) // 8
-        self._seen = Bitmap(max_frames, raw[:size])
-        counters = [i for i in range(max_frames) if i in self._seen]
-        stored = raw[size:]
-        if (raw and len(raw) < size) or len(stored) != 32 * len(counters):
-            raise WireError("a stored replay state is damaged")
-        self._digests = {c: stored[32 * i : 32 * i + 32] for i, c in enumerate(counters)}
-
-    def judge(self, counter: int, digest: bytes) -> Outcome:
-        """Say what a frame is, without recording it."""
-        if not 0 <= counter < self._seen.n:
-            raise WireError("the frame counter is beyond its epoch's last frame")
-        return judge(self._digests.get(counter), digest)
-
-    def record(self, counter: int, digest: bytes) -> Outcome:
-        """Say what a frame is and remember it when it is new. Call only after it was verified."""
-        outcome = self.judge(counter, digest)
-        if outcome == "new":
-            self._seen.add(counter)
-            self._digests[counter] = digest
-        return outcome
-
-    def to_bytes(self) -> bytes:
-        """For the store: bitmap, then the digests in the order of their counters."""
-        return self._seen.to_bytes() + b"".join(self._digests[c] for c in sorted(self._digests))

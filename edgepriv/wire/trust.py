@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from edgepriv import primitives
-from edgepriv.errors import AuthenticationError, TrustError, WireError
-from edgepriv.keys import ROLES, PublicIdentity
+from edgepriv.errors import AuthenticationError, KeyFileError, TrustError, WireError
+from edgepriv.keys import PublicIdentity, check_full_name
 from edgepriv.wire import cbor
 
 if TYPE_CHECKING:
@@ -44,7 +44,10 @@ class TrustList:
             TrustError: otherwise.
         """
         if name in self.revoked:
-            raise TrustError(f"{name} is revoked", hint="enrol it again under a new name if it should take part")
+            raise TrustError(
+                f"{name} is revoked",
+                hint="if it should take part again, the owner lists it under a new name with fresh keys",
+            )
         for candidate in self.parties:
             if candidate.name == name and (not roles or candidate.role in roles):
                 return candidate
@@ -75,7 +78,9 @@ def sign_trust(trust: TrustList, owner: Identity) -> bytes:
     return cbor.encode([body, owner.sign(USE, body)])
 
 
-def read_trust(raw: bytes, owner_ed25519: bytes, *, now: float, min_version: int = 0) -> TrustList:
+def read_trust(
+    raw: bytes, owner_ed25519: bytes, *, now: float, min_version: int = 0, seen_digest: bytes = b""
+) -> TrustList:
     """Verify a list against the pinned owner key.
 
     Args:
@@ -83,6 +88,7 @@ def read_trust(raw: bytes, owner_ed25519: bytes, *, now: float, min_version: int
         owner_ed25519: the pinned public key, 32 bytes.
         now: Unix seconds.
         min_version: the highest version this party has seen.
+        seen_digest: SHA-256 of the list of that version; another list of the same version is a rollback too.
 
     Raises:
         TrustError: unsigned, forged, expired, rolled back, empty or contradictory.
@@ -92,9 +98,17 @@ def read_trust(raw: bytes, owner_ed25519: bytes, *, now: float, min_version: int
         primitives.verify(owner_ed25519, USE, body, signature)
         trust = _parse(body, hashlib.sha256(raw).digest())
     except (WireError, AuthenticationError) as error:
-        raise TrustError("the trust list is not signed by the owner that is pinned here") from error
+        raise TrustError(
+            "the trust list is not signed by the owner that is pinned here, or is no trust list",
+            hint="compare the owner.key.pub that is pinned with the owner's; fetch trust.cbor again",
+        ) from error
     if trust.version < min_version:
         raise TrustError(f"trust list version {trust.version} is older than {min_version}, which was seen before")
+    if seen_digest and trust.version == min_version and trust.digest != seen_digest:
+        raise TrustError(
+            f"another trust list of version {trust.version} was seen before",
+            hint="the owner signs again from the newest copy of the list, so that its version rises",
+        )
     if trust.expires <= now:
         raise TrustError("the trust list has expired", hint="the owner signs a new one: edgepriv owner sign")
     _check(trust)
@@ -141,10 +155,16 @@ def _check(trust: TrustList) -> None:
     if len(set(names)) != len(names):
         raise TrustError("the trust list names a party twice")
     for party in trust.parties:
-        prefix = ROLES.get(party.role, "issuer")
-        if party.role not in LISTED_ROLES or not party.name.startswith(prefix + "-"):
+        try:
+            check_full_name(party.role, party.name)
+        except KeyFileError as error:
+            raise TrustError(f"the trust list: {error}") from None
+        if party.role not in LISTED_ROLES:
             raise TrustError(f"{party.name} does not fit the role {party.role}")
+    revoked_keys = {key for p in trust.parties if p.name in trust.revoked for key in (p.ed25519, p.x25519)}
     gateway_keys = {key for p in trust.parties if p.role == "gateway" for key in (p.ed25519, p.x25519)}
     for party in trust.parties:
+        if party.name not in trust.revoked and revoked_keys & {party.ed25519, party.x25519}:
+            raise TrustError(f"{party.name} has the keys of a party that is revoked", hint="it needs fresh keys")
         if party.role == "recipient" and gateway_keys & {party.ed25519, party.x25519}:
             raise TrustError(f"{party.name} has a gateway's key: the gateway would open frames")

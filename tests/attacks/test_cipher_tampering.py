@@ -12,13 +12,14 @@ import pytest
 
 from edgepriv import primitives
 from edgepriv.cipher import cipher, container, layers
-from edgepriv.cipher.cipher import Allowed, FrameOpener, open_frame
+from edgepriv.cipher.cipher import FrameOpener, open_frame
 from edgepriv.cipher.epochs import DeviceEpoch
+from edgepriv.cipher.opened import OpenedFrames
 from edgepriv.errors import AuthenticationError, EdgeprivError, RefusedError, ReplayError, TrustError, WireError
 from edgepriv.keys import Identity
 from edgepriv.wire import envelope as wire
 from edgepriv.wire import epoch as wire_epoch
-from edgepriv.wire.envelope import ReplayGuard
+from edgepriv.wire.allowed import Allowed
 from edgepriv.wire.epoch import read_epoch, unwrap_link
 from edgepriv.wire.link import LinkSession
 from edgepriv.wire.trust import TrustList
@@ -155,14 +156,25 @@ def test_a_receiver_accepts_only_what_its_list_holds():
         Allowed(algs=(primitives.AES_GCM,)),
         Allowed(auths=("ed25519",)),
         Allowed(min_version=2),
+        Allowed(max_frames=5),
     ):
-        with pytest.raises(AuthenticationError):
+        with pytest.raises(TrustError, match="does not permit"):
             open_frame(raw, record, ANN, trust, allowed=allowed)
     pinned = trust_for(ANN, policy={DEVICE.name: {"profiles": ["flep3"]}})
-    with pytest.raises(AuthenticationError):
+    with pytest.raises(TrustError, match="does not permit the profile aead"):
         open_frame(raw, record, ANN, pinned)
-    with pytest.raises(RefusedError, match="policy"):
-        new_epoch(pinned, profile="aead")
+
+
+def test_a_sender_makes_nothing_that_its_receivers_refuse():
+    for policy, settings in (
+        ({"profiles": ["flep3"]}, {"profile": "aead"}),
+        ({"algs": [primitives.AES_GCM]}, {"alg": primitives.CHACHA}),
+        ({"auth": "link-mac"}, {}),  # with two recipients either could forge to the other
+        ({"min_version": 2}, {}),
+    ):
+        with pytest.raises(RefusedError, match="does not permit"):
+            new_epoch(trust_for(ANN, BOB, policy={DEVICE.name: policy}), **settings)
+    assert new_epoch(trust_for(ANN, policy={"*": {"max_frames": 5}})).signed.record.max_frames == 5
 
 
 def test_nobody_else_opens_a_frame():
@@ -218,33 +230,49 @@ def test_a_recipient_forges_to_another_only_where_that_is_allowed():
         forged = bytes(cipher.FrameSealer(ck, epoch.signed, session, ANN).seal(IMAGE + 1, counter=0, mid=bytes(32)))
         assert rejected(open_frame, forged, epoch.signed.raw, BOB, trust) is not forgeable
         assert rejected(at_gateway, epoch, forged)
-    with pytest.raises(AuthenticationError):  # a receiver whose list forbids it refuses the device's choice
+    with pytest.raises(TrustError, match="forge"):  # a receiver whose list forbids it refuses the device's choice
         FrameOpener(new_epoch(shared).signed.raw, ANN, trust_for(ANN, BOB))
 
 
-def test_replays_are_duplicates_and_reused_counters_are_conflicts():
+def test_replays_are_duplicates_and_reused_counters_are_conflicts(tmp_path):
     trust = trust_for(ANN)
     epoch = new_epoch(trust)
     frames = [epoch.seal(IMAGE) for _ in range(3)]
-    guard = ReplayGuard(epoch.signed.record.max_frames)
-    opener = FrameOpener(epoch.signed.raw, ANN, trust, guard=guard)
+    opener = FrameOpener(epoch.signed.raw, ANN, trust, opened=OpenedFrames(tmp_path / "opened"))
     for i in (2, 0, 1):  # order does not matter
         assert opener.open(frames[i]).pixels is not None
+    opener = FrameOpener(epoch.signed.raw, ANN, trust, opened=OpenedFrames(tmp_path / "opened"))  # after a restart
     for raw in frames:
         with pytest.raises(ReplayError, match="duplicate"):
             opener.open(raw)
+        assert open_frame(raw, epoch.signed.raw, ANN, trust).pixels is not None  # without a memory the attack succeeds
     ck = wire_epoch.unwrap_content(epoch.signed.record, ANN)
     same_counter = cipher.FrameSealer(ck, epoch.signed, epoch.session, DEVICE).seal(IMAGE, counter=1, mid=bytes(32))
-    with pytest.raises(ReplayError, match="conflict"):
-        opener.open(same_counter)
+    again = FrameOpener(epoch.signed.raw, ANN, trust, opened=OpenedFrames(tmp_path / "opened", again=True))
+    assert again.open(frames[1]).pixels is not None
+    for one in (opener, again):
+        with pytest.raises(ReplayError, match="conflict"):
+            one.open(same_counter)
 
 
-def test_a_forged_frame_does_not_use_up_its_counter():
+def test_a_bent_tag_to_the_gateway_makes_no_other_frame(tmp_path):
+    """The recipient cannot check that tag, so it is no part of what it remembers."""
     trust = trust_for(ANN)
     epoch = new_epoch(trust)
     raw = epoch.seal(IMAGE)
-    guard = ReplayGuard(epoch.signed.record.max_frames)
-    opener = FrameOpener(epoch.signed.raw, ANN, trust, guard=guard)
+    opener = FrameOpener(epoch.signed.raw, ANN, trust, opened=OpenedFrames(tmp_path / "opened"))
+    bent = raw[:-1] + bytes([raw[-1] ^ 1])
+    assert rejected(at_gateway, epoch, bent)
+    assert opener.open(bent).pixels is not None
+    with pytest.raises(ReplayError, match="duplicate"):
+        opener.open(raw)
+
+
+def test_a_forged_frame_does_not_use_up_its_counter(tmp_path):
+    trust = trust_for(ANN)
+    epoch = new_epoch(trust)
+    raw = epoch.seal(IMAGE)
+    opener = FrameOpener(epoch.signed.raw, ANN, trust, opened=OpenedFrames(tmp_path / "opened"))
     assert rejected(opener.open, raw[:-17] + bytes([raw[-17] ^ 1]) + raw[-16:])
     assert opener.open(raw).pixels is not None
 

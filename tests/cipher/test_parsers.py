@@ -9,7 +9,7 @@ from edgepriv.cipher import container
 from edgepriv.cipher.cipher import FrameOpener
 from edgepriv.cipher.epochs import DeviceEpoch
 from edgepriv.cipher.picture import Meta, Picture, decode_meta, encode_meta, payload_of
-from edgepriv.cipher.policy import check_policy
+from edgepriv.cipher.policy import check_names, check_policy
 from edgepriv.errors import AuthenticationError, ConfigError, EdgeprivError, WireError
 from edgepriv.keys import Identity
 from edgepriv.wire.trust import TrustList
@@ -99,3 +99,13 @@ def test_policies_are_checked_by_name_and_type():
             check_policy({"dev-a": table})
     with pytest.raises(ConfigError, match="not a table"):
         check_policy({"profiles": ["flep3"]})
+
+
+def test_a_policy_names_listed_parties_only():
+    parties = (Identity.new("device", "cam1").public, Identity.new("recipient", "ann").public)
+    check_names({"*": {"recipients": ["op-ann"]}, "dev-cam1": {"auth": "ed25519"}}, parties)
+    with pytest.raises(ConfigError, match="no listed recipient") as slip:
+        check_names({"dev-cam1": {"recipients": ["op-anm"]}}, parties)
+    assert "op-ann" in slip.value.hint
+    with pytest.raises(ConfigError, match="no listed device"):
+        check_names({"dev-cam2": {}}, parties)

@@ -32,6 +32,14 @@ def test_a_folder_gives_its_pictures_in_name_order_and_ends(tmp_path):
     source.close()
 
 
+def test_frames_may_carry_the_files_own_bytes(tmp_path):
+    folder = pictures(tmp_path / "in", 1)
+    source = open_source("directory", {"path": "in", "encoded": True}, folder=tmp_path, clock=lambda: 7.0)
+    frame = source.read()
+    assert frame.encoded == (folder / "00.png").read_bytes()
+    assert frame.pixels.shape == (6, 8, 3)
+
+
 def test_a_folder_can_be_read_in_a_loop(tmp_path):
     source = DirectorySource(pictures(tmp_path / "in", 2), loop=True)
     assert [source.read().name for _ in range(5)] == ["00.png", "01.png", "00.png", "01.png", "00.png"]

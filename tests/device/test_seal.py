@@ -54,6 +54,22 @@ def test_neither_pixels_nor_outputs_nor_the_models_name_are_readable_on_the_disk
     assert b"PLAINTEXT" in marker.tobytes()  # the search does find what is there
 
 
+def test_a_cameras_own_bytes_are_sealed_as_they_are_with_their_time(world):
+    from PIL import Image
+
+    folder = world.site.folder / "pictures"
+    folder.mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 80, 3), np.uint8)).save(folder / "a.jpg")
+    device = spooled(world, source={"kind": "directory", "path": "pictures", "encoded": True}, run=RunConfig())
+    (waiting,) = [w for w in device.stages.spool.waiting(9) if w.kind == "frame"]
+    record = device.stages.spool.epoch_record(waiting.epoch)
+    picture = FrameOpener(record, world.site.keys["op-alice"], world.site.trust_list()).open(
+        device.stages.spool.payload(waiting.digest)
+    )
+    assert (picture.codec, picture.blob) == ("jpeg", (folder / "a.jpg").read_bytes())
+    assert abs(picture.taken - world.site.now) < 3600
+
+
 def test_every_item_names_a_record_that_was_durable_before_it(world):
     device = spooled(world, seal=SealConfig(frames_per_epoch=3))
     rows = device.stages.spool._db.execute("SELECT id, kind, digest, epoch FROM items ORDER BY id").fetchall()

@@ -185,6 +185,16 @@ def test_a_revoked_device_is_refused_from_the_moment_the_new_list_is_read(site):
     assert gateway.status(site.now)["store"]["outputs"] == 0
 
 
+def test_a_record_outside_the_owners_policy_is_refused_and_its_frames_stay_at_the_device(site):
+    device = Device(site)  # opened its epoch before, or does not care
+    site.write_trust(policy={"*": {"profiles": ["flep3-strong"]}})
+    gateway = site.gateway()
+    exchange(gateway, device, device.record())
+    assert not device.acks
+    assert gateway.totals["rejected_not-trusted"] == 1
+    assert gateway.status(site.now)["store"]["frames"] == 0
+
+
 def test_a_rolled_back_or_forged_trust_list_changes_nothing(site):
     gateway = site.gateway()
     old = (site.folder / "trust.cbor").read_bytes()

@@ -55,6 +55,10 @@ def test_a_recipient_lists_fetches_and_opens_and_a_stranger_sees_nothing(site, t
     for row, (side, value) in zip(fetched, ((50, 1), (400, 2)), strict=True):
         pixels = np.random.default_rng(value).integers(0, 256, (side, side, 3)).astype(np.uint8)
         assert np.array_equal(read_image(out / row["file"]), pixels)
+    again = frames(site, "fetch", "--all", "--open", "--out", str(out))
+    assert (again["frames"], again["failed"], len(again["opened_before"])) == ([], [], 2)
+    once_more = frames(site, "fetch", "--all", "--open", "--again", "--out", str(out))
+    assert [row["file"] for row in once_more["frames"]] == [row["file"] for row in fetched]
     (sealed,) = frames(site, "fetch", listed[0]["digest"][:10], "--out", str(out))["frames"]
     command = [
         sys.executable, "-m", "edgepriv", "open", str(out / sealed["file"]), "--out", str(out / "x.png"),

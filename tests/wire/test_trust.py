@@ -105,3 +105,31 @@ def test_any_flipped_bit_is_refused(place, bit):
 def test_any_bytes_are_one_documented_error(raw):
     with pytest.raises(TrustError):
         read(raw)
+
+
+def test_another_list_of_a_version_that_was_seen_is_a_rollback():
+    """An owner who signs from a stale copy would otherwise bring back a device that the newest list revokes."""
+    newest = sign_trust(dataclasses.replace(LIST, revoked=(DEVICE.name,)), OWNER)
+    stale = sign_trust(LIST, OWNER)
+    seen = read(newest).digest
+    assert read(stale, min_version=5).party(DEVICE.name) == DEVICE.public  # without the digest the attack succeeds
+    with pytest.raises(TrustError, match="another trust list of version 5"):
+        read(stale, min_version=5, seen_digest=seen)
+    assert read(newest, min_version=5, seen_digest=seen).revoked == (DEVICE.name,)
+    assert read(sign_trust(dataclasses.replace(LIST, version=6), OWNER), min_version=5, seen_digest=seen).version == 6
+
+
+def test_a_revoked_partys_keys_do_not_come_back_under_another_name():
+    revoked = dataclasses.replace(LIST, revoked=(DEVICE.name,))
+    again = PublicIdentity("device", "dev-cam9", DEVICE.public.ed25519, DEVICE.public.x25519)
+    with pytest.raises(TrustError, match="keys of a party that is revoked"):
+        sign_trust(dataclasses.replace(revoked, parties=(*LIST.parties, again)), OWNER)
+    fresh = Identity.new("device", "cam9").public
+    assert read(sign_trust(dataclasses.replace(revoked, parties=(*LIST.parties, fresh)), OWNER)).party("dev-cam9")
+
+
+@pytest.mark.parametrize("name", ["dev-a/#/+", "dev-", "dev-A", "dev-\x1b[2J", "cam1", "dev-" + "a" * 49, "dev-a b"])
+def test_names_that_could_do_harm_in_a_topic_or_a_terminal_are_refused(name):
+    party = PublicIdentity("device", name, DEVICE.public.ed25519, DEVICE.public.x25519)
+    with pytest.raises(TrustError, match="is no name of a 'device'"):
+        sign_trust(TrustList(1, 0, 1000, (party,)), OWNER)
