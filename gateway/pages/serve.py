@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import ssl
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,8 @@ def serve(config: Config) -> None:
             notifier.ready()
             notifier.alive()
 
+    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn stops at it and then raises it again, for nobody
+        signal.signal(number, lambda *_: None)
     store = open_store(config)
     try:
         Server(
