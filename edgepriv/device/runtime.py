@@ -310,7 +310,8 @@ class DeviceRuntime:
     def status(self, now: float) -> Status:
         """Counters and what runs here."""
         spool = self.stages.spool
-        counters = {**self.counters, **spool.counters(), "queue_items": spool.items, "queue_bytes": spool.stored_bytes}
+        counters: dict[str, Any] = {**self.counters, **spool.counters()}
+        counters |= {"queue_items": spool.items, "queue_bytes": spool.stored_bytes}
         expires = certificate_expiry(self.config.broker.certificate)
         if expires:
             counters["certificate_days"] = round((expires - now) / 86_400, 1)
