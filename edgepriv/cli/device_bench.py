@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -54,7 +55,11 @@ def bench(
             "ratio_local": round(local.ratio, 3),
             "ratio_end_to_end": None,
             "stages": local.stages_ms,
-            "frame_bytes": pictures[0].pixels.nbytes,
+            "step_ms": local.step_ms,
+            "stage_share": {name: round(share, 4) for name, share in local.shares.items()},
+            "bottleneck_stage": local.bottleneck,
+            "bottleneck": "device",  # alone there is no other process
+            "frame_bytes": round(statistics.fmean(picture.pixels.nbytes for picture in pictures)),
             "threads": threads,
         }
         if end_to_end:
@@ -111,12 +116,11 @@ def run_site(site: Site, model: Path, source: str, frames: int, threads: int) ->
         children.start("gateway", processes.python_command("gateway", "run", "--config", str(config)))
         device = write_device(site, url, model, source, frames, threads)
         children.start("device", processes.python_command("edgepriv", "device", "run", "--config", str(device)))
-        stored, span, cpu = watch(children, site, frames)
+        stored, sealed, span, cpu = watch(children, site, frames)
     total = sum(cpu.values()) or 1.0
-    size = 640 * 480 * 3
     return {
         "fps_end_to_end": round(stored / span, 2),
-        "mb_per_s": round(stored / span * size / 1e6, 2),
+        "mb_per_s": round(sealed / span / 1e6, 2),
         "broker": broker,
         "cpu_share": {name: round(seconds / total, 3) for name, seconds in cpu.items()},
         "bottleneck": max(cpu, key=lambda name: cpu[name]),
@@ -139,28 +143,34 @@ def write_device(site: Site, url: str, model: Path, source: str, frames: int, th
     return path
 
 
-def watch(children: Children, site: Site, frames: int) -> tuple[int, float, dict[str, float]]:
-    """Count stored frames from the first to the last; CPU seconds of each process in between."""
-    import sqlite3
-
+def watch(children: Children, site: Site, frames: int) -> tuple[int, int, float, dict[str, float]]:
+    """From the first stored frame to the last: frames, their bytes, seconds, CPU seconds of each process."""
     path = site.folder / "gateway" / "gateway.db"
     pids = {child.name: child.process.pid for child in children.children}
     first, before = 0.0, {}
-    begun_with, deadline = 0, time.monotonic() + 60 + frames
+    begun_with, deadline = (0, 0), time.monotonic() + 60 + frames
     while time.monotonic() < deadline:
         children.check()
-        try:
-            with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as db:
-                stored = int(db.execute("SELECT count(*) FROM frames").fetchone()[0])
-        except sqlite3.OperationalError:
-            stored = 0
+        stored, sealed = _stored(path)
         if stored and not first:
-            first, before, begun_with = time.monotonic(), {n: cpu_seconds(p) for n, p in pids.items()}, stored
+            first, before, begun_with = time.monotonic(), {n: cpu_seconds(p) for n, p in pids.items()}, (stored, sealed)
         if stored >= frames:
             break
         time.sleep(0.02)
     cpu = {name: cpu_seconds(pid) - before.get(name, 0.0) for name, pid in pids.items()}
-    return stored - begun_with, time.monotonic() - first, cpu
+    return stored - begun_with[0], sealed - begun_with[1], time.monotonic() - first, cpu
+
+
+def _stored(path: Path) -> tuple[int, int]:
+    """How many frames the gateway's store holds, and their bytes."""
+    import sqlite3
+
+    try:
+        with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as db:
+            count, size = db.execute("SELECT count(*), coalesce(sum(size), 0) FROM frames").fetchone()
+    except sqlite3.OperationalError:
+        return 0, 0
+    return int(count), int(size)
 
 
 def cpu_seconds(pid: int) -> float:
@@ -171,13 +181,18 @@ def cpu_seconds(pid: int) -> float:
 
 def as_text(document: dict[str, Any]) -> str:
     """The result for a person."""
+    shares = document["stage_share"]
     lines = [
         f"runtime {document['fps']} frames/s, bare {document['bare_fps']} frames/s: ratio {document['ratio_local']}",
-        "stages, ms a frame: " + ", ".join(f"{k} {v}" for k, v in document["stages"].items()),
+        f"a step takes {document['step_ms']} ms: "
+        + ", ".join(f"{k} {v} ms ({shares[k]:.1%})" for k, v in document["stages"].items())
+        + f", rest {shares['rest']:.1%}; bottleneck: {document['bottleneck_stage']}",
     ]
     if document["ratio_end_to_end"] is not None:
         lines.append(
             f"end to end {document['fps_end_to_end']} frames/s, {document['mb_per_s']} MB/s, ratio "
-            f"{document['ratio_end_to_end']}; most CPU: {document['bottleneck']} of {document['cpu_share']}"
+            f"{document['ratio_end_to_end']}; shares of the CPU: "
+            + ", ".join(f"{name} {share:.1%}" for name, share in document["cpu_share"].items())
+            + f"; bottleneck: {document['bottleneck']}"
         )
     return "\n".join(lines)
