@@ -1,6 +1,6 @@
 """Stage 3, release: as little of the model's output as the job needs, with a stated bound in bits.
 
-Policies (``name`` in the configuration): ``argmax`` (default) | ``topk:K`` | ``softmax:DECIMALS`` |
+Policies (``name`` in the configuration): ``argmax`` (default) | ``topk:K`` | ``softmax[:DECIMALS]`` |
 ``unsafe_raw_logits`` for classifiers; ``counts`` | ``boxes:GRID`` for detectors; ``steps:SIZE`` for regression.
 Every policy but the unsafe one releases integers, so that the number of distinct messages, and with it the bound on
 what any hidden decoder can learn from one inference, is counted and not estimated. The policy is applied outside the
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from edgepriv.device.infer import Inference
 
 TOPK_DECIMALS = 2
+SOFTMAX_DECIMALS = 1  # the coarsest that keeps the accuracy: the table of policies in risk/reconstruction/README.md
 MAX_COUNT = 99
 MAX_BOXES = 20
 
@@ -278,6 +279,8 @@ def parse_policy(spec: str) -> ReleasePolicy:
         ConfigError: unknown name or parameter out of range.
     """
     name, _, argument = spec.partition(":")
+    if spec == "softmax":
+        return RoundedSoftmax(SOFTMAX_DECIMALS)
     plain: dict[str, Any] = {"argmax": Argmax, "unsafe_raw_logits": UnsafeRawLogits, "counts": Counts}
     if name in plain and not argument:
         policy: ReleasePolicy = plain[name]()
@@ -300,5 +303,5 @@ def parse_policy(spec: str) -> ReleasePolicy:
             return made
     raise ConfigError(
         f"unknown release policy {spec!r}",
-        hint="argmax, topk:K (1-100), softmax:DECIMALS (1-6), counts, boxes:GRID (2-256), steps:SIZE",
+        hint="argmax, topk:K (1-100), softmax[:DECIMALS] (1-6, else 1), counts, boxes:GRID (2-256), steps:SIZE",
     )

@@ -104,7 +104,7 @@ def table_bench(args, data):
 
 def table_row(args, data, outputs, bench, *, attributes):
     # coloured pictures take longer to learn; the reconstruction's weight falls, so that the task has the last word
-    images, epochs = (10_000, 12) if data == "cifar10" else (args.images, args.epochs)
+    images, epochs = (10_000, 10) if data == "cifar10" else (args.images, args.epochs)
     training = load(args.data / data, split="train", limit=None if args.full else images)
     recipe = Recipe(outputs=outputs, epochs=epochs, device=args.device, schedule="cosine", last_weight=args.last_weight)
     if args.full:
@@ -391,7 +391,7 @@ def main():
     parser.add_argument("--cache", type=Path, default=None, help="keep measured models in this folder")
     parser.add_argument("--calibrate", action="store_true")
     parser.add_argument("--full", action="store_true", help="WRN-28, all training pictures: needs a GPU")
-    parser.add_argument("--images", type=int, default=8000, help="training pictures of the table's MNIST models")
+    parser.add_argument("--images", type=int, default=6000, help="training pictures of the table's MNIST models")
     parser.add_argument("--epochs", type=int, default=None)
     parser.add_argument("--last-weight", type=float, default=0.1, help="reconstruction weight left in the last epoch")
     parser.add_argument("--public-code", type=Path, default=None, help="a clone of mmalekzadeh/vicious-classifiers")

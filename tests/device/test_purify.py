@@ -75,3 +75,7 @@ def test_a_configured_purifier_acts_before_the_release(tmp_path):
     world.run()
     assert device.counters["accepted"] == len(world.stored("outputs")) > 0
     world.close()
+
+
+def test_softmax_without_decimals_is_the_coarsest_that_keeps_the_accuracy():
+    assert parse_policy("softmax").name == "softmax:1"

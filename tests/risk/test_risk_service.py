@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from edgepriv.cli.risk import risk
 from edgepriv.datasets import load
+from edgepriv.device.indicator import OutputIndicator
 from edgepriv.device.release import parse_policy
 from edgepriv.errors import ConfigError, EdgeprivError, RiskThresholdError, TemporaryError
 from edgepriv.keys import Identity
@@ -140,6 +141,8 @@ def test_offered_models_are_audited_once_and_get_signed_verdicts(make, files):
     assert {job.attempts for job in service.jobs.listed()} == {1}
     digest = hashlib.sha256(files["vicious"]).hexdigest()
     assert json.loads((service.folder / "reports" / f"{digest}.json").read_text())["verdict"] == "vicious"
+    indicator = OutputIndicator.from_bytes(answer(service, f"/reports/{digest}.indicator.json")[2])
+    assert len(indicator.distances(np.zeros((3, 10)))) == 3
     status, kind, page = answer(service, f"/reports/{digest}.html")
     assert (status, kind.split(";")[0]) == (200, "text/html")
     assert b"vicious" in page

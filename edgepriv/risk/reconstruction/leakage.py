@@ -183,7 +183,7 @@ class Bench:
         if self.labels is not None and (self.labels.min() < 0 or self.labels.max() >= max(outputs.shape[1], 2)):
             raise DataError(
                 f"labels reach from {self.labels.min()} to {self.labels.max()}; it has {outputs.shape[1]} outputs",
-                hint="audit it with pictures of the classes it was trained for",
+                hint="use pictures of the classes it was trained for; --unlabelled for a model of attributes",
             )
 
     def decoders(self, released: Array) -> Iterator[tuple[str, Decoder]]:

@@ -78,8 +78,8 @@ class SuppliedModel:
         allowed = min(limits.max_model_bytes, available_memory_bytes() // 3)
         if size > allowed:
             raise RefusedError(
-                f"{path} has {size / 2**20:.0f} MiB; on this machine models up to {allowed / 2**20:.0f} MiB are opened",
-                hint="audit it on a machine with at least three times the model's size free, or raise the limit",
+                f"{path} has {-(-size // 2**20)} MiB; on this machine models up to {allowed >> 20} MiB are opened",
+                hint="audit it where three times its size is free; the risk service's own limit is max_model_mb",
             )
         digest = hashlib.sha256()
         for file in files:

@@ -204,6 +204,21 @@ def test_too_few_targets_are_refused_before_anything_is_trained(capsys, folder, 
     assert "VAE" not in err
 
 
+def test_a_release_is_written_into_folders_that_are_not_there_yet_and_over_no_file(capsys, folder, tmp_path):
+    assert call(capsys, *synthesize(folder, tmp_path / "new" / "folder", "--vae-epochs", 1))[0] == 0
+    assert (tmp_path / "new" / "folder" / "card.json").exists()
+    (tmp_path / "file").touch()
+    code, _, err = call(capsys, *synthesize(folder, tmp_path / "file"))
+    assert (code, "exists already" in err) == (78, True)
+
+
+def test_too_few_private_records_to_audit_are_refused_before_anything_is_trained(capsys, folder, tmp_path):
+    code, _, err = call(capsys, "synthesize", "--data", folder / "A.npz", "--limit", 400, "--out", tmp_path / "r")
+    assert code == 65
+    assert "too few to audit" in err
+    assert "VAE" not in err
+
+
 def test_the_same_seed_repeats_a_release_and_no_seed_does_not(capsys, folder, tmp_path):
     for name, more in (("a", ("--seed", 3)), ("b", ("--seed", 3)), ("c", ()), ("d", ())):
         call(capsys, *synthesize(folder, tmp_path / name, "--vae-epochs", 2, *more))
@@ -223,6 +238,10 @@ def test_the_same_seed_repeats_a_release_and_no_seed_does_not(capsys, folder, tm
         (("--vae", "dp"), 78, "needs its epsilon"),
         (("--label-epsilon", 0), 78, "label epsilon"),
         (("--max-auc", 0.5), 78, "needs the audit"),
+        (("--device", "nowhere"), 78, "torch cannot use the device"),
+        (("--beta", -1), 2, "not in the range"),
+        (("--seed", -1), 2, "not in the range"),
+        (("--limit", 0), 2, "not in the range"),
         (("--no-conditional", "--extra", 1), 78, "given labels"),
         (("--no-conditional", "--mode", "prior"), 78, "given labels"),
     ],
