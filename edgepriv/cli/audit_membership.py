@@ -55,7 +55,7 @@ class Records:
 )
 @click.option("--max-tpr", type=click.FloatRange(0, 1), default=0.05, show_default=True, help="TPR above it, likewise.")
 @click.option("--limit", type=click.IntRange(min=1), help="Use only the first records of each set.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True, help="CPU threads.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def membership(

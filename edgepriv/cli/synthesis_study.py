@@ -57,6 +57,7 @@ __all__ = [
     "with_controls",
 ]
 
+MIN_AUDITED = 250  # so that the non-members of each target are at least 100
 RATIO_FACTORS = (1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 
 
@@ -175,7 +176,7 @@ def _apart(private: Images, held_out: tuple[Images, Labels], given: Dataset | No
     return images[fresh], labels[fresh]
 
 
-def check(settings: Settings, classes: int, *, audited: bool) -> None:
+def check(settings: Settings, parts: Parts, *, audited: bool) -> None:
     """Refuse wrong settings before anything is trained."""
     generator.mechanism_for(
         generator.LatentScale(1.0, 1.0),
@@ -187,9 +188,10 @@ def check(settings: Settings, classes: int, *, audited: bool) -> None:
         extra=settings.extra,
     )
     if settings.label_epsilon is not None:
-        accountant.randomised_response_keep(settings.label_epsilon, classes)
+        accountant.randomised_response_keep(settings.label_epsilon, parts.classes)
     if audited:
         membership_scores.check_shadow_count(settings.targets - 1, 0.01)
+        _pool(parts, settings)
     _dp(settings)
 
 
@@ -296,6 +298,11 @@ def shadows_of(
 
 def _pool(parts: Parts, settings: Settings) -> tuple[tuple[Images, Labels], NDArray[np.bool_]]:
     pool = (parts.private[0][: settings.audit_records], parts.private[1][: settings.audit_records])
+    if len(pool[0]) < MIN_AUDITED:
+        raise DataError(
+            f"{len(pool[0])} private records are too few to audit: half of them must show one false alarm in a hundred",
+            hint=f"give at least {MIN_AUDITED} (and --audit-records not below), or --no-audit",
+        )
     rng = np.random.default_rng(settings.seed + 2)
     return pool, membership_scores.draw_masks(settings.targets, len(pool[0]), rng)
 

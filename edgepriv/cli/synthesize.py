@@ -41,7 +41,7 @@ SECONDS_BETWEEN_LINES = 10.0  # where progress goes to a file
 @click.option("--conditional/--no-conditional", default=True, help="Whether the VAE is given labels.")
 @click.option("--latent-dim", type=int, help="Latent dimensions; the default depends on the size of the pictures.")
 @click.option("--vae-epochs", type=click.IntRange(min=1), help="Epochs of the VAE.")
-@click.option("--beta", type=float, help="Weight of the KL term.")
+@click.option("--beta", type=click.FloatRange(min=0), help="Weight of the KL term.")
 @click.option(
     "--targets", type=click.IntRange(min=1), default=16, show_default=True, help="Models that the audit trains."
 )
@@ -58,7 +58,7 @@ SECONDS_BETWEEN_LINES = 10.0  # where progress goes to a file
 @click.option("--limit", type=click.IntRange(min=1), help="Use only the first pictures of each set.")
 @click.option(
     "--seed",
-    type=int,
+    type=click.IntRange(min=0),
     help="Repeat an experiment exactly. Who knows it can remove the noise, so omit it for a release.",
 )
 @click.option("--device", default="cpu", show_default=True, help="torch device.")
@@ -78,20 +78,22 @@ def synthesize(
     from edgepriv import datasets
     from edgepriv.cli import synthesis_study
     from edgepriv.errors import ConfigError
-    from edgepriv.synthesis.training import use_threads
+    from edgepriv.synthesis.training import check_device, use_threads
 
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"{out} is not empty", hint="a release is never overwritten: name a new directory")
+    if out.is_file() or (out.exists() and any(out.iterdir())):
+        raise ConfigError(f"{out} exists already", hint="a release is never overwritten: name a new directory")
     if options["max_auc"] is not None and options["no_audit"]:
         raise ConfigError("--max-auc needs the audit", hint="drop --no-audit")
     use_threads(options["threads"])
+    check_device(options["device"])
     private = datasets.load(data, split="all", limit=limit)
     public, test = (datasets.load(d, split="all", limit=limit) if d else None for d in (public_data, test_data))
     settings = _settings(options, private.images.shape[1:])
     checkpoint = out.with_name(out.name + ".vae-checkpoint")
-    synthesis_study.check(settings, len(private.class_names), audited=not options["no_audit"])
     parts = synthesis_study.take_parts(private, public, settings.seed, test)
+    synthesis_study.check(settings, parts, audited=not options["no_audit"])
     click.echo(f"{len(parts.private[0])} private records, {parts.note}", err=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
     if checkpoint.exists():
         click.echo(f"resuming the VAE of a run that was cut: {checkpoint}", err=True)
     release = synthesis_study.make_release(parts, settings, checkpoint, _progress())

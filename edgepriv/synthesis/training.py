@@ -29,7 +29,16 @@ if TYPE_CHECKING:
 
     Progress = Callable[[int, int], None]
 
-__all__ = ["DpSgd", "load_vae", "noise_multiplier_for", "save_vae", "to_tensor", "train_vae", "use_threads"]
+__all__ = [
+    "DpSgd",
+    "check_device",
+    "load_vae",
+    "noise_multiplier_for",
+    "save_vae",
+    "to_tensor",
+    "train_vae",
+    "use_threads",
+]
 
 FORMAT = "edgepriv.vae/1"
 
@@ -46,6 +55,20 @@ class DpSgd:
 def use_threads(count: int) -> None:
     """Set how many CPU threads torch uses in this process."""
     torch.set_num_threads(count)
+
+
+def check_device(name: str) -> None:
+    """Refuse a torch device that is not there, before anything is computed.
+
+    Raises:
+        ConfigError: torch does not know it, or was not built for it.
+    """
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(
+            f"torch cannot use the device {name!r}", hint="cpu; cuda or mps where torch was built for them"
+        ) from error
 
 
 def to_tensor(images: NDArray[np.uint8], device: str = "cpu") -> torch.Tensor:

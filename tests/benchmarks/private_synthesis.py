@@ -89,7 +89,7 @@ SMALL = studies.Settings(recipe=Recipe(epochs=15), audit_records=1000)
 SHIFT = replace(SMALL, conditional=False, extra=0)
 PLANS = {
     "digits": Plan("digits", 1797, studies.Settings(extra=3), (0.5, 1, 2, 4), True, 60, dp_vae=True),
-    "mnist": Plan("mnist", 4500, SMALL, (0.5, 1, 2, 4), True, 30),
+    "mnist": Plan("mnist", 4500, SMALL, (0.5, 1, 2, 4), True, 20),
     "cifar10": Plan("cifar10", 3600, replace(SMALL, vae_epochs=20), (2, 4, 8), dp_sgd_epochs=20),
     "shifted": Plan("mnist", 4500, SHIFT, (0.5, 1, 2, 4), public_below=5),
 }
@@ -120,28 +120,27 @@ def parts_of(plan: Plan) -> studies.Parts:
 
 
 def rows_of(plan: Plan) -> list[list[Row]]:
-    """The rows, those that share what is costly together; costly ones first."""
+    """The rows, those that share what is costly together."""
     base = plan.settings
     bare = replace(base, mode="unsafe_no_noise", extra=0)
-    groups = [[Row("DP-SGD on real data", base, "dp_sgd")]] if plan.dp_sgd_epochs else []
+    groups = [[Row("real data, no defence", base, "real")], [Row("public data alone", base, "public")]]
+    groups += [[Row("public VAE, no noise", bare)]]
+    groups += [[Row(f"public VAE, noise ratio {r:g}", replace(base, noise_ratio=float(r)))] for r in plan.ratios]
+    if base.conditional:
+        groups.append([Row("public VAE, prior samples", studies.prior_settings(base))])
+    if plan.dp_vae:
+        private = replace(base, vae_from="dp", dp=DpSgd(8.0, DP_DELTA))
+        groups.append([Row("DP-SGD VAE (epsilon 8), noise ratio 2", private)])
     if plan.member_rows:
         member = replace(base, vae_from="private")
         rows = [Row("member VAE, no noise", replace(bare, vae_from="private"))]
         rows += [Row("member VAE, noise ratio 2", replace(member, noise_ratio=2.0))]
         groups.append([*rows, Row("member VAE, prior samples", studies.prior_settings(member))])
-    if plan.dp_vae:
-        private = replace(base, vae_from="dp", dp=DpSgd(8.0, DP_DELTA))
-        groups.append([Row("DP-SGD VAE (epsilon 8), noise ratio 2", private)])
-    groups += [[Row(f"public VAE, noise ratio {r:g}", replace(base, noise_ratio=float(r)))] for r in plan.ratios]
-    if base.conditional:
-        groups.append([Row("public VAE, prior samples", studies.prior_settings(base))])
-    groups += [[Row("public VAE, no noise", bare)], [Row("real data, no defence", base, "real")]]
-    return [*groups, [Row("public data alone", base, "public")]]
+    return [*groups, [Row("DP-SGD on real data", base, "dp_sgd")]] if plan.dp_sgd_epochs else groups
 
 
 def run_group(plan: Plan, rows: list[Row], folder: Path) -> list[Outcome]:
     """In a worker: rows that share the VAEs they train."""
-    torch.set_num_threads(1)
     trained: dict[int, Vae] = {}
     return [run_row(plan, row, folder, trained) for row in rows]
 
@@ -170,7 +169,8 @@ def run_row(plan: Plan, row: Row, folder: Path, trained: dict[int, Vae]) -> Outc
 
 def public_release(plan: Plan, folder: Path) -> studies.Release:
     """The release by the public VAE, which is trained once and lies in the folder."""
-    parts, path = parts_of(plan), folder / f"{digest(plan)}.vae"
+    decides = (plan.source, plan.images, plan.settings, plan.public_below)
+    parts, path = parts_of(plan), folder / f"{digest(decides)}.vae"
     if not path.exists():
         made = studies.make_release(parts, plan.settings)
         training.save_vae(path, made.vae)
@@ -208,7 +208,8 @@ def digest(*what: object) -> str:
 def run_all(plans: dict[str, Plan], folder: Path, workers: int) -> dict[str, dict[str, Outcome]]:
     """Every row of every plan, by name and label; rows that the folder holds are read instead of run."""
     found: dict[str, dict[str, Outcome]] = {name: {} for name in plans}
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")  # for the workers
+    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         ready = {pool.submit(public_release, plan, folder): name for name, plan in plans.items()}
         for done in as_completed(ready):
             done.result()
@@ -236,7 +237,7 @@ def cards_of(name: str, plan: Plan, rows: dict[str, Outcome]) -> tuple[list[dict
     real, prior = rows["real data, no defence"].accuracies, rows.get("public VAE, prior samples")
     controls = studies.Controls(real, rows["public data alone"].accuracies, prior.accuracies if prior else None)
     releases, others = [], []
-    for row in [rows[r.label] for group in reversed(rows_of(plan)) for r in group]:
+    for row in [rows[r.label] for group in rows_of(plan) for r in group]:
         if row.card is None:
             found: dict[str, Any] = {"accuracy": round(float(row.accuracies.mean()), 4), "audit": row.audit.as_json()}
         else:
