@@ -1,13 +1,15 @@
 """Does one output look like an honest model's? A check before release, at inference time, numpy only.
 
-Our own design, not the paper's. The reference file holds, for each class, the mean and a whitening matrix of the
-log-softmax of *honest reference models* for pictures that they give that class; the indicator is the whitened distance
-of an output from the centre of its class. The risk service fits the file; the device only evaluates it.
+Our own design, not the paper's. What is looked at is the *shape* of an output: its logits, shifted and scaled to mean 0
+and deviation 1, because how far logits spread depends on how long an honest supplier trained. The reference file holds,
+for each class, the mean and a whitening matrix of the shapes that *honest reference models* give pictures of it; the
+indicator is the whitened distance of an output from the centre of its class. The risk service and ``edgepriv harden``
+fit the file; the device only evaluates it.
 
 Rules: a warning, never a proof: an attacker who trains against it stays inside (the measured rates stand in
 ``edgepriv/risk/reconstruction/README.md``). The release policy is the control. Any bytes give an
 indicator or DataError.
-File: JSON, schema ``edgepriv.output-indicator/1``, keys ``centres`` [k][k], ``whitening`` [k][k][k], ``threshold``
+File: JSON, schema ``edgepriv.output-indicator/2``, keys ``centres`` [k][k], ``whitening`` [k][k][k], ``threshold``
 (of the mean over ``window`` outputs), ``window``.
 """
 
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
-SCHEMA = "edgepriv.output-indicator/1"
+SCHEMA = "edgepriv.output-indicator/2"
 MAX_FILE_BYTES = 64 << 20
 MAX_CLASSES = 200
 
@@ -40,11 +42,18 @@ def log_softmax(logits: NDArray[Any]) -> Array:
     return np.asarray(z - np.log(np.exp(z).sum(axis=1, keepdims=True)), np.float64)
 
 
+def shape(logits: NDArray[Any]) -> Array:
+    """Return rows [n, k] shifted to mean 0 and scaled to deviation 1, float64."""
+    z = np.asarray(logits, np.float64)
+    z = z - z.mean(axis=1, keepdims=True)
+    return np.asarray(z / (z.std(axis=1, keepdims=True) + 1e-9), np.float64)
+
+
 class OutputIndicator:
     """Distances of outputs from what honest models give.
 
     Args:
-        centres: mean log-softmax of each class, [k, k].
+        centres: mean shape of each class, [k, k].
         whitening: for each class a matrix W with W^T W = inverse covariance, [k, k, k].
         threshold: mean distance over a window above which ``suspicious`` is true.
         window: how many outputs the running mean covers.
@@ -98,7 +107,7 @@ class OutputIndicator:
         """
         if logits.ndim != 2 or logits.shape[1] != len(self._centres) or not np.isfinite(logits).all():
             raise DataError("the outputs are not finite rows of the indicator's number of classes")
-        z, classes = log_softmax(logits), logits.argmax(axis=1)
+        z, classes = shape(logits), logits.argmax(axis=1)
         return np.asarray(
             np.linalg.norm(np.einsum("nij,nj->ni", self._whitening[classes], z - self._centres[classes]), axis=1)
         )

@@ -88,7 +88,7 @@ def table(args):
     rows = []
     for data, attributes in (("mnist", False), ("cifar10", False), ("mnist", True)):
         bench = table_bench(args, data)
-        for outputs in ("raw", "softmax"):
+        for outputs in ("raw", "softmax", "softmax, decoder reads logarithms"):
             rows.append(table_row(args, data, outputs, bench, attributes=attributes))
             say(json.dumps(rows[-1]))
     return rows
@@ -106,7 +106,10 @@ def table_row(args, data, outputs, bench, *, attributes):
     # coloured pictures take longer to learn; the reconstruction's weight falls, so that the task has the last word
     images, epochs = (10_000, 10) if data == "cifar10" else (args.images, args.epochs)
     training = load(args.data / data, split="train", limit=None if args.full else images)
-    recipe = Recipe(outputs=outputs, epochs=epochs, device=args.device, schedule="cosine", last_weight=args.last_weight)
+    seen, _, logarithms = outputs.partition(",")
+    recipe = Recipe(outputs=seen, epochs=epochs, device=args.device, schedule="cosine", last_weight=args.last_weight)
+    if logarithms:
+        recipe = replace(recipe, decoder_view="logarithms")
     if args.full:
         width = "wrn28-1" if data == "mnist" else "wrn28-5"
         recipe = replace(recipe, architecture=width, augment=True, epochs=args.epochs)
@@ -115,10 +118,10 @@ def table_row(args, data, outputs, bench, *, attributes):
     if attributes:
         targets, wanted = digit_attributes(targets), digit_attributes(wanted)
     prepared = TrainingSet.of(images, targets, classes=None if attributes else 10)
-    name = f"{data}{'-attributes' if attributes else ''}-{outputs}"
+    name = f"{data}{'-attributes' if attributes else ''}-{seen}{'-logarithms' if logarithms else ''}"
     out = args.cache / f"table-{name}-{epochs}-{len(images)}{'-full' if args.full else ''}"
-    twin = out.with_name(out.name.replace("softmax", "raw")) / "honest.state.safetensors"
-    if outputs == "softmax" and twin.is_file():
+    twin = out.with_name(out.name.replace("softmax", "raw").replace("-logarithms", "")) / "honest.state.safetensors"
+    if seen == "softmax" and twin.is_file():
         out.mkdir(parents=True, exist_ok=True)  # the honest twin of both is the same model
         shutil.copy(twin, out)
     found = run_attack(recipe, prepared, bench, wanted, out, progress=say).as_dict()

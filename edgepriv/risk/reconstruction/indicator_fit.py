@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgepriv.errors import DataError
-from edgepriv.risk.reconstruction.detectors import log_softmax
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,15 +20,22 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
-SCHEMA = "edgepriv.output-indicator/1"
+SCHEMA = "edgepriv.output-indicator/2"
 WINDOW = 50
 QUANTILE = 0.95
 RIDGE = 0.05
 
 
+def shape(logits: NDArray[Any]) -> Array:
+    """Return rows [n, k] shifted to mean 0 and scaled to deviation 1: no matter of how long was trained."""
+    z = np.asarray(logits, np.float64)
+    z = z - z.mean(1, keepdims=True)
+    return np.asarray(z / (z.std(1, keepdims=True) + 1e-9), np.float64)
+
+
 def _class_gaussians(outputs: Sequence[NDArray[Any]]) -> tuple[Array, Array]:
-    """Centres [k, k] and whitening matrices [k, k, k] of the log-softmax, by predicted class."""
-    z = np.concatenate([log_softmax(part) for part in outputs])
+    """Centres [k, k] and whitening matrices [k, k, k] of the shapes, by predicted class."""
+    z = np.concatenate([shape(part) for part in outputs])
     classes = z.argmax(1)
     k = z.shape[1]
     pooled = np.cov(z.T) + RIDGE * np.eye(k)
@@ -45,7 +51,7 @@ def _class_gaussians(outputs: Sequence[NDArray[Any]]) -> tuple[Array, Array]:
 
 def distances(logits: NDArray[Any], centres: Array, whitening: Array) -> Array:
     """Whitened distance of each output from its class, [n]: equal to the device's evaluator."""
-    z, classes = log_softmax(logits), logits.argmax(1)
+    z, classes = shape(logits), logits.argmax(1)
     return np.asarray(np.linalg.norm(np.einsum("nij,nj->ni", whitening[classes], z - centres[classes]), axis=1))
 
 
