@@ -19,7 +19,7 @@ from edgepriv.wire.epoch import read_epoch, unwrap_content, unwrap_link
 from edgepriv.wire.link import LinkSession
 from edgepriv.wire.trust import TrustList
 
-FILES = sorted((Path(__file__).resolve().parent.parent / "vectors" / "cipher").glob("*.json"))
+FILES = sorted((Path(__file__).resolve().parent.parent / "vectors" / "cipher").glob("*-*.json"))
 VECTORS = [vector for path in FILES for vector in json.loads(path.read_text())]
 EACH = pytest.mark.parametrize("vector", VECTORS, ids=lambda v: v["name"])
 
