@@ -142,6 +142,10 @@ def found_in(folder: Any) -> list[dict[str, Any]]:
 
 
 def _well_formed(row: Any) -> bool:
-    if not isinstance(row, dict) or any(type(row.get(name)) is not kind for name, kind in TYPES.items()):
+    if not isinstance(row, dict):
         return False
+    for name, kind in TYPES.items():
+        # gateway.toml may say clip = 10: a whole number is a number too
+        if type(row.get(name)) not in ((int, float) if kind is float else (kind,)):
+            return False
     return len(row["before"]) == 32 and row["round"] >= 0 and row["clip"] > 0

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from gateway_site import Device, Recipient, Site, exchange
 
+from edgepriv.mqtt import BrokerSettings
+from edgepriv.risk.config import AuditSection, RiskConfig, RiskSection, RoundsSection
+from edgepriv.risk.metrics import RiskMetrics
+from edgepriv.risk.round_audit import RoundAnswer
+from edgepriv.risk.round_watch import RoundWatch
 from edgepriv.wire.messages import Fetch, Query, Reply, RoundMessage
 from edgepriv.wire.rounds import read_step
 from edgepriv.wire.update import decode_update, encode_update
 from gateway.cli_rounds import rounds
+from gateway.round_audits import leakage, lines
 
 SIZE = 5000
 
@@ -199,3 +206,50 @@ def test_an_ended_round_waits_for_its_audit_and_keeps_the_report_with_its_record
     assert "leakage bound: 80.5 dB PSNR; the prior alone 11.4 dB" in text
     exchange(gateway, devices[0], devices[0].seal(Query(b"12345678", "rounds", {})))
     assert not next(m for m in devices[0].other if isinstance(m, Reply)).ok
+
+
+class ByWire:
+    """The risk service's session over the test's wire."""
+
+    def __init__(self, gateway, lab):
+        self.gateway, self.lab = gateway, lab
+
+    def query(self, what, **args):
+        exchange(self.gateway, self.lab, self.lab.query(what, **args))
+        assert self.lab.reply().ok
+        return self.lab.reply().body
+
+    def fetch_object(self, ref, size, *, max_bytes):
+        exchange(self.gateway, self.lab, self.lab.seal(Fetch(ref, 0, 64, 4096)))
+        chunks = self.lab.objects[ref]
+        return b"".join(chunks[i] for i in range(len(chunks)))
+
+
+class Finds:
+    """A worker that concludes at once, from the weights that it was given."""
+
+    def submit(self, _function, task):
+        assert decode_update(task.weights.read_bytes(), max_bytes=1 << 20).tensors["w"].shape == (SIZE,)
+        future = Future()
+        future.set_result(RoundAnswer({"verdict": "contained", "reason": "r", "leakage_bound": 12.5}, "<p>"))
+        return future
+
+
+def test_the_risk_services_own_step_audits_what_the_gateway_tells_and_leaves_its_report(site):
+    gateway, devices = site.gateway(), [Device(site, n) for n in site.devices]
+    number = opened(site, gateway, devices)
+    finish(site, gateway, devices, [update(d, 1.0, number)[1] for d in devices])
+    lab = Recipient(site, "risk-lab")
+    exchange(gateway, lab, lab.record())
+    config = RiskConfig(
+        RiskSection(site.folder, site.folder, site.folder, "gateway-main", site.folder / "risk"),
+        BrokerSettings("mqtt://127.0.0.1:1"), AuditSection("digits"), rounds=RoundsSection("digits", "cnn-bn"),
+    )  # fmt: skip
+    watch = RoundWatch(config, Finds(), RiskMetrics())
+    for _ in range(3):
+        watch.step(ByWire(gateway, lab))
+    kept = leakage(gateway.store.database, number)
+    assert (kept["leakage_bound"], kept["sender"]) == (12.5, "risk-lab")
+    assert lines(kept)[0] == "leakage: contained: r"
+    assert lines(None)[0].startswith("leakage: not audited")
+    assert "because" in lines({"error": "because"})[0]
