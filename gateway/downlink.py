@@ -4,8 +4,8 @@ Rules: a message is sealed when it leaves, under the party's current session. Th
 is dropped and counted, because every party repeats what it still waits for. Chunks are made when there is room on the
 link, so a fetch of any size costs one row here. Requests of several parties take turns, and only ``MAX_STREAMS``
 downloads are served at a time: what a party has not taken yet lies in the broker's memory, so the broker's queue is
-bounded by ``MAX_STREAMS`` windows however many devices want the same weights. A download gives its place back with its
-last chunk, or when nothing was asked of it for ``IDLE_S``; the others wait in the order in which they asked.
+bounded by ``MAX_STREAMS`` windows however many devices want the same weights. A download gives its place back shortly
+after its last chunk, or when nothing was asked of it for ``IDLE_S``; the others wait in the order in which they asked.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ MAX_FETCHES_PER_PARTY = 8
 MAX_OPEN_FILES = 32
 MAX_STREAMS = 8
 IDLE_S = 2.0
+LINGER_S = 0.01  # for each chunk of a download's last fetch
 
 Stream = tuple[str, bytes]
 
@@ -96,6 +97,10 @@ class Downlink:
         self._streams[stream] = self._clock()
         return True
 
+    def _leave(self, stream: Stream, chunks: int) -> None:
+        """All of a download is at the broker: its place is free when the last chunks can have left there."""
+        self._streams[stream] = self._clock() - IDLE_S + chunks * LINGER_S
+
     def _unpark(self) -> None:
         """Give places that are free, or whose download stands still, to those that wait longest."""
         if not self._parked:
@@ -135,7 +140,7 @@ class Downlink:
             if serving.following >= serving.end:
                 del self._serving[key]
                 if serving.end == chunk_count(serving.size, serving.chunk_bytes):
-                    self._streams.pop(key[:2], None)
+                    self._leave(key[:2], serving.end - key[2])
             if sealed := self._seal(key[0], chunk):
                 return sealed
             self._serving.pop(key, None)
