@@ -1,4 +1,4 @@
-"""A sealed image as one file: ``EPF1 | record length (4, big-endian) | epoch record | envelope``."""
+"""A sealed image as one file: ``EPF1 | record length (4, big-endian) | epoch record | envelope``; see README.md."""
 
 from __future__ import annotations
 
