@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from edgepriv.errors import ConfigError
+from edgepriv.errors import ConfigError, MissingFileError
 from gateway.console import AS_JSON, CONFIG, ask_daemon, handed_over, json_map, load_config, opened_store, show
 
 
@@ -22,11 +22,12 @@ def models() -> None:
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--id", "name", default="", help="The model's id; a protected model has its own.")
 @click.option("--model-version", "version", default="", help="Default: 1, or a protected model's own.")
-def models_add(config_path: Path, as_json: bool, file: Path, name: str, version: str) -> None:
+@click.option("--only-judge", is_flag=True, help="For the risk service alone: withheld from devices.")
+def models_add(config_path: Path, as_json: bool, file: Path, name: str, version: str, only_judge: bool) -> None:
     """Offer a model file, or a protected model's shipment, to devices (withheld without the verdict it needs)."""
     config = load_config(config_path)
     with handed_over(config, file) as path:
-        args = {"path": str(path), "name": name, "version": version}
+        args = {"path": str(path), "name": name, "version": version, "only_judge": only_judge}
         result = ask_daemon(config, "model-add", args, timeout_s=60)
     document = {"schema": "edgepriv.gateway-model/1", **json_map(result)}
     show(document, as_json, [f"{document['id']} {document['version']}: {document['digest']}"])
@@ -51,6 +52,30 @@ def models_list(config_path: Path, as_json: bool) -> None:
         for m in listed
     ]
     show({"schema": "edgepriv.gateway-models/1", "models": listed}, as_json, lines or ["no models"])
+
+
+@models.command("verdict")
+@CONFIG
+@AS_JSON
+@click.argument("model")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="File to write.")
+def models_verdict(config_path: Path, as_json: bool, model: str, out: Path) -> None:
+    """Write a model's signed verdict to a file, for `edgepriv model publish --verdict`."""
+    from edgepriv.keys import load_public
+    from gateway.models import Models
+    from gateway.roster import Roster
+
+    config, now = load_config(config_path), time.time()
+    with opened_store(config) as store:
+        roster = Roster(config.gateway.trust, load_public(config.gateway.owner), store, now=now)
+        held = Models(store, roster, config.models)
+        digest = held.find(model)
+        (found,) = [m for m in held.listed(now) if m["digest"] == digest]
+    if not found["verdict_bytes"]:
+        raise MissingFileError(f"{model} has no verdict yet", hint="is the risk service running?")
+    out.write_bytes(found["verdict_bytes"])
+    document = {"schema": "edgepriv.gateway-model/1", "model": model, "verdict": found["verdict"], "file": str(out)}
+    show(document, as_json, [f"{out}: {model} has {found['verdict']}"])
 
 
 @models.command("halt")

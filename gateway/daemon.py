@@ -363,7 +363,8 @@ class Gateway:
 
     def _add_model(self, args: dict[str, Any], actor: str, now: float) -> dict[str, Any]:
         path = Path(args["path"])
-        digest = self.models.add(path, name=args["name"], version=args["version"], actor=actor, now=now)
+        options = {"name": args["name"], "version": args["version"], "only_judge": bool(args.get("only_judge"))}
+        digest = self.models.add(path, **options, actor=actor, now=now)
         (added,) = [m for m in self.models.listed(now) if m["digest"] == digest]
         return {"digest": digest, "id": added["id"], "version": added["version"]}
 

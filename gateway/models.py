@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from gateway.store import Store
 
 KIND = "model"
-OFFERED, HALTED = "offered", "halted"
+OFFERED, HALTED, TO_JUDGE = "offered", "halted", "only to be judged"
 VERDICT_USE = "verdict"
 GOOD_VERDICT = "low leakage"
 MAX_VERDICT_BYTES = 64 << 10
@@ -86,7 +86,7 @@ class Models:
     def __init__(self, store: Store, roster: Roster, settings: ModelsSection) -> None:
         self._store, self._roster, self._settings = store, roster, settings
 
-    def add(self, path: Path, *, name: str, version: str, actor: str, now: float) -> bytes:
+    def add(self, path: Path, *, name: str, version: str, actor: str, now: float, only_judge: bool = False) -> bytes:
         """Take a model file into the store; returns its SHA-256. A protected one has a name and version of its own.
 
         Raises:
@@ -103,7 +103,8 @@ class Models:
         if not name:
             raise DataError(f"{path} does not say which model it is", hint="give --id")
         version = version or "1"
-        meta = {"version": version, "state": OFFERED, "verdict": b"", "risk": "", "rollout": {}}
+        state = TO_JUDGE if only_judge else OFFERED
+        meta = {"version": version, "state": state, "verdict": b"", "risk": "", "rollout": {}}
         if label is not None:
             meta |= {"issuer": label.issuer, "runs": list(label.digests), "bundled": list(label.verdicts)}
         digest = self._store.add_object(path, kind=KIND, name=name, meta=meta, now=now)

@@ -14,6 +14,7 @@ from edgepriv.device.shipments import install_shipment, outcome
 from edgepriv.device.start import start_device
 from edgepriv.errors import AuthenticationError, EdgeprivError
 from edgepriv.keys import Identity
+from edgepriv.selective_encryption.restore import open_with_key
 from gateway.rollout import DONE, HALTED, Plan
 
 ONE_STAGE = Plan(stages=(100,), settle_s=0.0, min_good=1, min_failures=1)
@@ -238,3 +239,20 @@ def test_the_gateway_takes_no_model_of_a_stranger(fleet, tmp_path):
     strange = Repository(Maker(), tmp_path / "strange").ship(2)
     with pytest.raises(AuthenticationError, match="not a trusted model issuer"):
         fleet.models.add(strange, name="", version="", actor="op", now=fleet.site.now)
+
+
+def test_the_verdict_on_the_plain_bytes_goes_into_the_protected_models_shipment(fleet, tmp_path):
+    bundle = fleet.maker.bundle(2)
+    opened = open_with_key(bundle.decoded, bundle.key, 1, bundle.files)
+    plain, now = tmp_path / "level-1.onnx", fleet.site.now
+    plain.write_bytes(opened.model_bytes())
+    digest = fleet.models.add(plain, name="eye-level-1", version="2", actor="op", now=now, only_judge=True)
+    assert digest == bundle.decoded.levels[0].digest
+    fleet.models.take_verdict(fleet.maker.verdict(2), "risk-lab", now)
+    assert row(fleet, digest)["withheld"] == "only to be judged"
+    assert not [m for m in fleet.models.offers("dev-cam1", "device", now) if m["digest"] == digest]
+    assert [m for m in fleet.models.offers("risk-lab", "risk", now) if m["digest"] == digest]
+    fleet.site.cli("models", "verdict", "eye-level-1", "--out", str(tmp_path / "verdict"))
+    shipped = fleet.offer(2, verdict=(tmp_path / "verdict").read_bytes())
+    assert fleet.reported(shipped).state == DONE
+    assert "no verdict yet" in fleet.site.cli("models", "verdict", "eye", "--out", "x", check=False).stderr
