@@ -5,8 +5,8 @@
 Peaks are VmHWM summed over the gateway's process tree, and the broker's. ``cpu_s`` is gateway tree + broker; the
 devices are a load generator of their own (`federated_load.py`), whose CPU is ``load_cpu_s``. Every device pulls the
 global weights and sends an update of its own random values; masks are on in the first run. ``sum_exact``: the new
-global weights are compared with numpy, bit for bit. ``disk_without_uploads_mb``: the peak of all but the open uploads (sums,
-weights, database), to be held against ``model_mb``. ``--flower PYTHON``: an interpreter with flwr, numpy, psutil.
+global weights are compared with numpy, bit for bit. ``disk_without_uploads_mb``: the peak of all but the open uploads
+(sums, weights, database), to be held against ``model_mb``. ``--flower PYTHON``: one that has flwr, numpy, psutil.
 """
 
 from __future__ import annotations
@@ -189,7 +189,8 @@ def measure(
             "devices": devices, "parameters": per * LAYERS, "masked": masked, "outcome": record["state"],
             "participants": len(record["participants"]), "gateway_peak_mb": watch.peak_mb("gateway"),
             "broker_peak_mb": watch.peak_mb("broker"), "disk_peak_mb": round(watch.disk_peak / 2**20, 1),
-            "disk_without_uploads_mb": round(watch.sums_peak / 2**20, 1), "model_mb": round(4 * per * LAYERS / 2**20, 1),
+            "disk_without_uploads_mb": round(watch.sums_peak / 2**20, 1),
+            "model_mb": round(4 * per * LAYERS / 2**20, 1),
             "cpu_s": watch.cpu_s("gateway", "broker"), "gateway_cpu_s": watch.cpu_s("gateway"),
             "load_cpu_s": round(sum(o["cpu_s"] for o in outs), 2), "seconds": round(seconds, 2),
             "sum_exact": _exact(site, record, base, names),

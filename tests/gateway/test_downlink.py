@@ -1,0 +1,88 @@
+"""What lies in the broker: however many parties want an object, only a few windows of it are on their way at once."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+from gateway_site import Device, Site
+
+from edgepriv.wire.messages import Fetch
+from edgepriv.wire.update import encode_update
+from gateway.downlink import IDLE_S, LINGER_S, MAX_STREAMS
+
+CHUNK, CHUNKS, WINDOW = 1024, 64, 16
+MANY = 2 * MAX_STREAMS + 1
+
+
+class Fleet:
+    """A gateway with weights of `CHUNKS` chunks, and `MANY` devices; ``now`` is the clock of its downlink."""
+
+    def __init__(self, folder):
+        self.site = Site(folder, devices=[f"d{i:02d}" for i in range(MANY)])
+        weights = folder / "w"
+        weights.write_bytes(encode_update({"w": np.zeros(CHUNK * (CHUNKS - 1) // 4, np.float32)}))
+        self.ref = hashlib.sha256(weights.read_bytes()).digest()[:16]
+        self.gateway, self.now = self.site.gateway(), 0.0
+        self.gateway.rounds.set_weights(weights, "m")
+        self.gateway.downlink._clock = lambda: self.now
+        self.devices = [Device(self.site, name) for name in self.site.devices]
+        self.turn(*(d.record() for d in self.devices))
+
+    def turn(self, *packets):
+        self.gateway.link.inbox += packets
+        self.gateway.step()
+        down, self.gateway.link.sent = self.gateway.link.sent, []
+        for device in self.devices:
+            device.take(down)
+
+    def ask(self, devices, first):
+        self.turn(*(d.seal(Fetch(self.ref, first, WINDOW, CHUNK)) for d in devices))
+
+    def chunks(self):
+        return [len(device.objects.get(self.ref, {})) for device in self.devices]
+
+
+@pytest.fixture
+def fleet(tmp_path):
+    made = Fleet(tmp_path)
+    yield made
+    made.site.close()
+
+
+def test_only_so_many_downloads_are_served_at_a_time_and_the_others_wait_their_turn(fleet):
+    fleet.ask(fleet.devices, 0)
+    fleet.turn()
+    assert fleet.chunks() == [WINDOW] * MAX_STREAMS + [0] * (MANY - MAX_STREAMS)
+    assert fleet.gateway.downlink.waiting == MANY - MAX_STREAMS
+
+
+def test_a_download_that_goes_on_keeps_its_place_and_one_that_ends_gives_it_to_the_longest_waiting(fleet):
+    fleet.ask(fleet.devices, 0)
+    for first in range(WINDOW, CHUNKS, WINDOW):
+        fleet.now += 0.5
+        fleet.ask(fleet.devices[:MAX_STREAMS], first)
+    assert fleet.chunks() == [CHUNKS] * MAX_STREAMS + [0] * (MANY - MAX_STREAMS)
+    fleet.now += WINDOW * LINGER_S + 0.01
+    fleet.turn()
+    assert fleet.chunks()[MAX_STREAMS : 2 * MAX_STREAMS] == [WINDOW] * MAX_STREAMS
+
+
+def test_parties_that_stop_asking_do_not_hold_up_the_others(fleet):
+    fleet.ask(fleet.devices, 0)
+    for _ in range(3):
+        fleet.now += IDLE_S
+        fleet.turn()
+    assert fleet.chunks() == [WINDOW] * MANY
+
+
+def test_a_request_that_is_repeated_while_it_waits_is_served_once(fleet):
+    fleet.ask(fleet.devices[: MAX_STREAMS + 1], 0)
+    for _ in range(5):
+        fleet.ask(fleet.devices[MAX_STREAMS : MAX_STREAMS + 1], 0)
+    assert fleet.gateway.downlink.waiting == 1
+    before = fleet.gateway.downlink.sent
+    fleet.now += IDLE_S
+    fleet.turn()
+    assert fleet.gateway.downlink.sent == before + WINDOW
