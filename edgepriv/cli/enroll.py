@@ -48,7 +48,8 @@ def enroll(token_file: Path, out: Path, as_json: bool) -> None:
     try:
         token = read_token(token_file.read_text())
     except (OSError, UnicodeDecodeError) as error:
-        raise MissingFileError(f"cannot read the token {token_file}: {getattr(error, "strerror", "not text")}") from None
+        reason = getattr(error, "strerror", None) or "it is no text"
+        raise MissingFileError(f"cannot read the token {token_file}: {reason}") from None
     if token.expires <= time.time():
         raise TrustError("the enrolment token has expired", hint="ask for a new one: edgepriv-gateway token new")
     out.mkdir(parents=True, exist_ok=True, mode=0o700)
