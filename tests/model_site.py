@@ -118,6 +118,15 @@ class Maker:
             )  # fmt: skip
         return self.permissions[key]
 
+    def hidden_rows(self, version=1):
+        """The true bytes of every encrypted kernel: what may never lie on a device's disk."""
+        bundle = self.bundle(version)
+        names = [entry.name for entry in bundle.decoded.files]
+        masked = carrier.from_files({name: bytes(bundle.files[name]) for name in names})
+        (layer,) = carrier.layers(self.plain)
+        pairs = zip(carrier.weight_rows(self.plain, layer), carrier.weight_rows(masked, layer), strict=True)
+        return [row.tobytes() for row, other in pairs if (row != other).any()]
+
     def trust(self, **more):
         """What a device of this owner believes."""
         return Trust([self.issuer.public.ed25519], [self.risk.public.ed25519], require_verdict=True, **more)

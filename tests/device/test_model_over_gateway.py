@@ -167,6 +167,12 @@ def test_versions_are_fetched_tested_switched_or_rolled_back_and_the_gateway_lea
     assert "halted" in row(fleet, unfit)["stage"]
     assert fleet.running() == 2
     assert fleet.runtime.status(0.0).counters["models_refused"] == 2
+    fleet.runtime.stages.spool.commit()
+    disk = [path for path in (fleet.site.folder / "dev-cam1").rglob("*") if path.is_file()]
+    assert {"spool", "models"} <= {path.relative_to(fleet.site.folder / "dev-cam1").parts[0] for path in disk}
+    content = b"".join(path.read_bytes() for path in disk)
+    assert len(fleet.maker.hidden_rows()) > 20
+    assert not any(weights in content for weights in fleet.maker.hidden_rows())
 
 
 def test_a_restart_goes_on_with_the_report_that_was_not_told(fleet):
