@@ -25,7 +25,7 @@ from edgepriv.cipher import layers, quality
 from edgepriv.cipher.cipher import FrameSealer, apply_layers, frame_keys
 from edgepriv.cipher.picture import DTYPES, MAX_CHANNELS
 from edgepriv.errors import ConfigError, DataError, EdgeprivError
-from edgepriv.wire.envelope import BODY_OFFSET, HEADER_BYTES, META_BYTES
+from edgepriv.wire.envelope import BODY_OFFSET, HEADER_BYTES, MAX_BYTES, META_BYTES
 from edgepriv.wire.epoch import AUTH_SIGNATURE, EpochRecord, SignedEpoch
 
 if TYPE_CHECKING:
@@ -186,6 +186,8 @@ def bytes_of(path: str, pixels: NDArray[Any]) -> tuple[Bytes, str]:
     channels = pixels.shape[2] if pixels.ndim == 3 else 1
     if channels > MAX_CHANNELS:
         raise DataError(f"{path}: a picture of {channels} channels: at most {MAX_CHANNELS} can be sealed")
+    if pixels.nbytes > MAX_BYTES:
+        raise DataError(f"{path}: {pixels.nbytes} bytes are more than can be sealed", hint=f"at most {MAX_BYTES}")
     image = np.ascontiguousarray(pixels, dtype).view(np.uint8)
     if image.size < MIN_BYTES:
         raise DataError(f"{path}: {image.size} bytes are too few for the metrics", hint=f"at least {MIN_BYTES}")
@@ -196,6 +198,12 @@ def bytes_of(path: str, pixels: NDArray[Any]) -> tuple[Bytes, str]:
         f"{pixels.dtype.name} {list(pixels.shape)} is measured as its bytes, low byte first: uint8 {list(image.shape)}"
     )
     return cube, said
+
+
+def check_pairs(pairs: int) -> None:
+    """Refuse fewer pairs than can be judged (DataError)."""
+    if pairs < MIN_PAIRS:
+        raise DataError(f"{pairs} pairs are too few to judge", hint=f"at least {MIN_PAIRS}")
 
 
 def measure(
@@ -212,8 +220,7 @@ def measure(
         DataError: a picture as in `bytes_of`, or fewer than 200 pairs.
     """
     cube, note = bytes_of(path, image)
-    if pairs < MIN_PAIRS:
-        raise DataError(f"{pairs} pairs are too few to judge", hint=f"at least {MIN_PAIRS}")
+    check_pairs(pairs)
     report = ImageReport(path, cube, note)
     for name, (cipher, pinned_judged) in subjects.items():
         for column in ("fresh", "pinned"):

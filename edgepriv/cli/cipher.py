@@ -63,11 +63,12 @@ def report(
     exit code 1 when a picture fails.
     """
     from edgepriv.cipher import report as stand
-    from edgepriv.cli.seal import check_out
+    from edgepriv.cli.seal import check_out, write_out
     from edgepriv.primitives import cpu
 
     if page:
         check_out(page)
+    stand.check_pairs(pairs)
     subjects = _other(other) if other else stand.subjects_of(profile, alg or cpu.choose_alg())
     random = stand.seeded(seed)
     pictures = {str(path): _load(path) for path in images}
@@ -82,7 +83,7 @@ def report(
     if page:
         from edgepriv.cipher.report_page import page as render
 
-        page.write_text(render(document, reports))
+        write_out(page, render(document, reports).encode())
     click.echo(json.dumps(document) if as_json else _report_text(document, full=full))
     if any(entry["verdict"] == "fail" for entry in document["images"]):
         sys.exit(1)

@@ -64,7 +64,7 @@ def seal(
         identity, listed, full_name("gateway", gateway), seq=int(now), now=now, profile=profile, alg=alg, max_frames=1
     )
     sealed = container.pack(epoch.signed.raw, epoch.seal(picture))
-    _write(out, sealed)
+    write_out(out, sealed)
     record = epoch.signed.record
     document = {
         "schema": "edgepriv.seal/1",
@@ -114,7 +114,8 @@ def _read(path: Path) -> bytes:
         raise MissingFileError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_out(path: Path, data: bytes) -> None:
+    """Write a result, or say in one line why not."""
     try:
         path.write_bytes(data)
     except OSError as error:
@@ -229,7 +230,7 @@ def write_picture(picture: Picture, out: Path) -> None:
     ending = out.suffix.lower()
     if picture.blob is not None:
         _check_ending(picture.codec, ending, out)
-        _write(out, picture.blob)
+        write_out(out, picture.blob)
         return
     assert picture.pixels is not None  # noqa: S101 - a picture has one of the two; tells the type checker
     if ending == ".npy":

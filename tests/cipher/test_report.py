@@ -256,11 +256,15 @@ def test_flags_are_checked_before_the_measurement(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "measure", lambda *a, **k: pytest.fail("it began"))
     with pytest.raises(ConfigError, match="no folder"):
         call("black:64x64", "--html", tmp_path / "none/x.html")
+    with pytest.raises(DataError, match="too few"):
+        call("black:64x64", "--pairs", 199)
     for arguments in (["report", "black:64x64", "--seed", "-1"], ["bench", "--rounds", "-1"]):
         result = CliRunner().invoke(root, ["cipher", *arguments])
         assert result.exit_code == 2
         assert "is not in the range" in result.output
     np.save(tmp_path / "bad.npy", np.zeros(5))
+    with pytest.raises(DataError, match="more than can be sealed"):
+        call("black:20000x20000")
     with pytest.raises(DataError):  # the second picture is looked at before the first is measured
         call("black:64x64", tmp_path / "bad.npy")
 
