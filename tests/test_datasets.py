@@ -106,6 +106,9 @@ def test_a_release_file(tmp_path):
     assert datasets.load(tmp_path, split="all").images.shape == (10, 3, 3, 1)
     assert datasets.load(path, split="whole").labels.tolist() == [0, 1] * 5  # in the file's order
     assert datasets.load(path, split="all").labels.tolist() == [0, 1, 0, 1, 1, 0, 1, 0, 0, 1]
+    path.write_bytes(path.read_bytes()[:300])  # cut short
+    with pytest.raises(DataError, match="not a release"):
+        datasets.load(path)
     np.savez(path, images=np.zeros((10, 3, 3), np.float32), labels=np.arange(10) % 2)
     with pytest.raises(DataError):
         datasets.load(path)

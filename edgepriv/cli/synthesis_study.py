@@ -15,6 +15,7 @@ import numpy as np
 
 from edgepriv.errors import ConfigError, DataError
 from edgepriv.risk.membership import audit as membership
+from edgepriv.risk.membership import kept_rows
 from edgepriv.risk.membership import scores as membership_scores
 from edgepriv.risk.membership import shadows as membership_shadows
 from edgepriv.risk.membership.classifier import Recipe
@@ -78,6 +79,7 @@ class Settings:
     """Everything a release is made with.
 
     ``seed`` cuts the data and seeds the audit and may be known; ``noise_seed`` makes the noise and must not be.
+    ``keep`` is a folder for the scores of the audit's finished models.
     """
 
     noise_ratio: float | None = None
@@ -98,6 +100,7 @@ class Settings:
     device: str = "cpu"
     seed: int = 0
     noise_seed: int = 1
+    keep: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +226,9 @@ def study(
     controls: Controls | None = None,
 ) -> Study:
     """Audit the pipeline on random halves of the private records; controls that are known are not run again."""
-    found = shadows_of(parts, settings, pipeline_of(parts, settings, release), "release", progress=progress)
+    found = shadows_of(
+        parts, settings, pipeline_of(parts, settings, release), "release", progress=progress, vae=release.vae
+    )
     audit = membership.audit_shadows(found, np.random.default_rng(settings.seed + 3))
     controls = controls or run_controls(parts, settings, release, progress)
     return Study(audit, found.accuracies, controls, suggest_ratio(parts, settings, release, audit, progress))
@@ -261,14 +266,15 @@ def suggest_ratio(
 def run_controls(parts: Parts, settings: Settings, release: Release, progress: Progress | None = None) -> Controls:
     """Train the same classifier on what needs no private code."""
 
-    def run(name: str, pipeline: membership_shadows.Pipeline) -> NDArray[np.float64]:
-        return shadows_of(parts, settings, pipeline, name, released=False, progress=progress).accuracies
+    def run(name: str, pipeline: membership_shadows.Pipeline, vae: Vae | None = None) -> NDArray[np.float64]:
+        return shadows_of(parts, settings, pipeline, name, released=False, progress=progress, vae=vae).accuracies
 
     real = run("real data", membership_shadows.no_defence)
     public = run("public only", public_only(parts, settings))
     if not settings.conditional:
         return Controls(real, public, None)
-    return Controls(real, public, run("prior samples", pipeline_of(parts, prior_settings(settings), release)))
+    made = pipeline_of(parts, prior_settings(settings), release)
+    return Controls(real, public, run("prior samples", made, release.vae))
 
 
 def shadows_of(
@@ -279,8 +285,12 @@ def shadows_of(
     *,
     released: bool = True,
     progress: Progress | None = None,
+    vae: Vae | None = None,
 ) -> membership_shadows.ShadowScores:
-    """Run a pipeline on the same random halves of the private records whatever the pipeline is."""
+    """Run a pipeline on the same random halves of the private records whatever the pipeline is.
+
+    ``vae`` is the one that the pipeline uses; with ``settings.keep`` it decides whether finished rows are its rows.
+    """
     pool, masks = _pool(parts, settings)
     membership_scores.check_shadow_count(settings.targets - 1, 0.01)
     return membership_shadows.run_shadows(
@@ -293,7 +303,19 @@ def shadows_of(
         released=released,
         device=settings.device,
         progress=(lambda done, of: progress(name, done, of)) if progress else None,
+        kept=_kept(parts, settings, name, masks, vae),
     )
+
+
+def _kept(
+    parts: Parts, settings: Settings, name: str, masks: NDArray[np.bool_], vae: Vae | None
+) -> kept_rows.KeptRows | None:
+    if settings.keep is None:
+        return None
+    data = [array for part in (parts.private, parts.public, parts.test) for array in part]
+    weights = [value.cpu().numpy() for value in vae.state_dict().values()] if vae else []
+    decides = replace(settings, noise_seed=0, keep=None)  # the audit draws its own noise
+    return kept_rows.KeptRows(settings.keep, kept_rows.digest_of(name, decides, masks, *data, *weights))
 
 
 def _pool(parts: Parts, settings: Settings) -> tuple[tuple[Images, Labels], NDArray[np.bool_]]:

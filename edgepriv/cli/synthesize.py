@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import secrets
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +75,8 @@ def synthesize(
     """Make synthetic data with a release card.
 
     The images and labels go to OUT/release.npz, which every --data of edgepriv reads; OUT/card.json and card.html say
-    what is proved, what was measured and whether it should be released at all. A run that was cut resumes its VAE.
+    what is proved, what was measured and whether it should be released at all. A run that was cut goes on where it
+    stopped.
     """
     from edgepriv import datasets
     from edgepriv.cli import synthesis_study
@@ -88,19 +91,20 @@ def synthesize(
     check_device(options["device"])
     private = datasets.load(data, split="all", limit=limit)
     public, test = (datasets.load(d, split="all", limit=limit) if d else None for d in (public_data, test_data))
-    settings = _settings(options, private.images.shape[1:])
-    checkpoint = out.with_name(out.name + ".vae-checkpoint")
+    checkpoint, rows = (out.with_name(out.name + suffix) for suffix in (".vae-checkpoint", ".audit-rows"))
+    settings = replace(_settings(options, private.images.shape[1:]), keep=rows)
     parts = synthesis_study.take_parts(private, public, settings.seed, test)
     synthesis_study.check(settings, parts, audited=not options["no_audit"])
     click.echo(f"{len(parts.private[0])} private records, {parts.note}", err=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     if checkpoint.exists():
-        click.echo(f"resuming the VAE of a run that was cut: {checkpoint}", err=True)
+        click.echo(f"resuming a run that was cut: {checkpoint}", err=True)
     release = synthesis_study.make_release(parts, settings, checkpoint, _progress())
     found = None if options["no_audit"] else synthesis_study.study(parts, settings, release, _progress())
     card = synthesis_study.fill_card(parts, settings, release, found)
     _write(out, card, release, settings, keep_vae=options["keep_vae"])
     checkpoint.unlink(missing_ok=True)
+    shutil.rmtree(rows, ignore_errors=True)
     click.echo(json.dumps(card.as_json()) if options["as_json"] else _summary(card, out))
     _refuse_above(card, options["max_auc"])
 

@@ -8,6 +8,7 @@ tested non-members in theirs: all but every third (the 3rd, 6th, ...), which the
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -38,7 +39,7 @@ def read_shadow_scores(path: Path, records: int) -> dict[str, NDArray[Any]]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in ("masks", *NAMES) if name in archive}
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise DataError(f"{path} is not an .npz of shadow scores: {error}") from error
     if "masks" not in arrays or len(arrays) < 2:
         raise DataError(f"{path} lacks masks or scores", hint=f"it holds 'masks' and some of {', '.join(NAMES)}")

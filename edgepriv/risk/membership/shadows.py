@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
     from edgepriv.risk.membership.classifier import Recipe
+    from edgepriv.risk.membership.kept_rows import KeptRows
 
     Images = NDArray[np.uint8]
     Labels = NDArray[np.int64]
@@ -65,6 +66,7 @@ def run_shadows(
     released: bool = True,
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
+    kept: KeptRows | None = None,
 ) -> ShadowScores:
     """Run the pipeline and train a classifier for each row of ``masks`` [N, n].
 
@@ -78,6 +80,7 @@ def run_shadows(
         released: the training set itself is published, so that it is attacked too.
         device: torch device.
         progress: called with (done, all).
+        kept: where finished models' scores are kept, and taken from instead of training those again.
     """
     images, labels = pool
     if masks.shape[1:] != (len(images),):
@@ -85,10 +88,15 @@ def run_shadows(
     classes = int(max(labels.max(), unseen[1].max())) + 1
     rows: list[tuple[NDArray[np.float64], ...]] = []
     for k, mask in enumerate(masks):
-        made, made_labels = pipeline(images[mask], labels[mask], seed + k)
-        model = classifier.train_classifier(made, made_labels, classes, recipe, seed=seed + k, device=device)
-        near = released_set.nearness(images, labels, made, made_labels) if released else np.zeros(0)
-        rows.append((*_scores(model, pool, unseen, seed + k), near))
+        row = kept.read(k) if kept else None
+        if row is None:
+            made, made_labels = pipeline(images[mask], labels[mask], seed + k)
+            model = classifier.train_classifier(made, made_labels, classes, recipe, seed=seed + k, device=device)
+            near = released_set.nearness(images, labels, made, made_labels) if released else np.zeros(0)
+            row = (*_scores(model, pool, unseen, seed + k), near)
+            if kept:
+                kept.write(k, row)
+        rows.append(row)
         if progress:
             progress(k + 1, len(masks))
     margins, logs, agreements, reference, accuracies, near = (np.stack(column) for column in zip(*rows, strict=True))

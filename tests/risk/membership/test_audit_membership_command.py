@@ -126,8 +126,9 @@ def test_shadow_scores_that_do_not_fit_are_clear_errors(capsys, folder):
     assert "records" in call(capsys, *argv, folder / "short.npz")[2]
     np.savez(folder / "nan.npz", masks=masks, margins=margins * np.nan)
     assert "must be finite" in call(capsys, *argv, folder / "nan.npz")[2]
-    (folder / "junk.npz").write_bytes(b"junk")
-    assert call(capsys, *argv, folder / "junk.npz")[0] == 65
+    for junk in (b"junk", b"", (folder / "s.npz").read_bytes()[:2000]):
+        (folder / "junk.npz").write_bytes(junk)
+        assert call(capsys, *argv, folder / "junk.npz")[0] == 65
     assert call(capsys, *argv, folder / "absent.npz")[0] == 66
 
 
