@@ -12,7 +12,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile
+from zipfile import is_zipfile
 
 import numpy as np
 
@@ -156,10 +156,12 @@ def _cifar(paths: list[Path]) -> Dataset:
 
 
 def _npz(path: Path) -> Dataset:
+    if not is_zipfile(path):
+        raise DataError(f"{path} is not a release, or was cut short", hint="it must hold 'images' and 'labels'")
     try:
         with np.load(path, allow_pickle=False) as archive:
             images, labels = archive["images"], archive["labels"].astype(np.int64)
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{path} is not a release: {error}", hint="it must hold 'images' and 'labels'") from error
     if images.ndim == 3:
         images = images[..., None]

@@ -10,7 +10,7 @@ import hashlib
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile
+from zipfile import is_zipfile
 
 import numpy as np
 
@@ -45,10 +45,12 @@ class KeptRows:
 
     def read(self, model: int) -> Row | None:
         """The row of a model; None where it was not finished, or cannot be read."""
+        if not is_zipfile(self._path(model)):
+            return None
         try:
             with np.load(self._path(model), allow_pickle=False) as archive:
                 return tuple(archive[key] for key in sorted(archive.files))
-        except (OSError, ValueError, EOFError, BadZipFile):
+        except (OSError, ValueError, EOFError):
             return None
 
     def write(self, model: int, row: Row) -> None:

@@ -8,7 +8,7 @@ tested non-members in theirs: all but every third (the 3rd, 6th, ...), which the
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile
+from zipfile import is_zipfile
 
 import numpy as np
 
@@ -36,10 +36,12 @@ def read_shadow_scores(path: Path, records: int) -> dict[str, NDArray[Any]]:
         raise MissingFileError(f"no such file of shadow scores: {path}")
     if path.stat().st_size > MAX_BYTES:
         raise DataError(f"{path} is larger than {MAX_BYTES >> 30} GiB")
+    if not is_zipfile(path):
+        raise DataError(f"{path} is not an .npz of shadow scores, or was cut short")
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in ("masks", *NAMES) if name in archive}
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path} is not an .npz of shadow scores: {error}") from error
     if "masks" not in arrays or len(arrays) < 2:
         raise DataError(f"{path} lacks masks or scores", hint=f"it holds 'masks' and some of {', '.join(NAMES)}")
