@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
   color: #1b1f24; }
+h1, code { overflow-wrap: anywhere; }
 table { border-collapse: collapse; width: 100%; } th, td { text-align: right; padding: .3rem .6rem; }
 th:first-child, td:first-child { text-align: left; } tr + tr td { border-top: 1px solid #d7dce2; }
 .verdict { padding: .8rem 1rem; border-left: .4rem solid #2a7a4b; background: #f2f7f4; }

@@ -148,7 +148,7 @@ class RiskService:
             path = self._model_file(gateway, job)
             if path is None:
                 continue
-            task = AuditTask(path, self.config.audit, self._pipelines)
+            task = AuditTask(path, self.config.audit, self._pipelines, job.name)
             self._running[job.digest] = self._pool.submit(run_task, task)
             LOG.info("audit of %s begins", job.name)
 

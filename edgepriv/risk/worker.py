@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,11 +20,12 @@ SMALL_TEST_PART = 1000  # below it, all of the auditor's pictures are halved ins
 
 @dataclass(frozen=True, slots=True)
 class AuditTask:
-    """A model file to audit, and with what."""
+    """A model file to audit, and with what; ``name`` is what the report calls it, else the file's name."""
 
     model: Path
     settings: AuditSection
     pipelines: tuple[Pipeline, ...]
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,7 @@ def _audited(task: AuditTask) -> AuditAnswer:
     bench, training = _two_parts(chosen.probe)
     model = SuppliedModel.find(task.model, limits=limits)
     audit = audit_outputs(model, bench, task.pipelines, request, reference_data=training)
+    audit = replace(audit, model=task.name or audit.model)
     shown = [(n, grid_png([p.inputs, p.reconstructions, p.class_means])) for n, p in audit.pictures.items()]
     return AuditAnswer(audit.as_dict(), audit_html(audit), tuple(shown), audit.indicator)
 

@@ -119,12 +119,19 @@ class Figures:
             f"SELECT party, last_seen, status, status_at FROM devices WHERE {where} ORDER BY party LIMIT ? OFFSET ?",  # noqa: S608
             (*params, PAGE_ROWS, offset),
         )
-        return Page([self._device(row) for row in rows], number, pages, total)
+        newest = self._newest_trust()
+        return Page([self._device(row, newest) for row in rows], number, pages, total)
 
-    def _device(self, row: Row) -> dict[str, Any]:
+    def _newest_trust(self) -> int:
+        """Version of the list that the gateway offers to devices; 0 where it has not run."""
+        trust = self.status().get("trust", {})
+        return int(trust.get("version", 0)) if isinstance(trust, dict) else 0
+
+    def _device(self, row: Row, newest_trust: int) -> dict[str, Any]:
         party, last_seen, raw, _ = row
         now, status = self._clock(), unpack(raw)
         counters = status.get("counters", {}) if isinstance(status.get("counters"), dict) else {}
+        days, trust = _figure(counters.get("certificate_days")), status.get("trust_version")
         drops = sum(v for k, v in counters.items() if k.startswith("dropped") and isinstance(v, int))
         return {
             "name": party,
@@ -135,8 +142,10 @@ class Figures:
             "firmware": str(status.get("firmware", "")),
             "queue": counters.get("queue_items"),
             "drops": drops,
-            "certificate_days": counters.get("certificate_days"),
-            "trust_version": status.get("trust_version"),
+            "certificate_days": days,
+            "certificate_short": days is not None and days < self._config.alerts.certificate_days,
+            "trust_version": trust,
+            "trust_old": isinstance(trust, int) and trust < newest_trust,
         }
 
     # --- rounds -------------------------------------------------------------------------------------------
@@ -313,8 +322,15 @@ def _hex(value: Any) -> str:
 def _shown(detail: Any) -> str:
     if not isinstance(detail, dict):
         return str(detail)[:200]
-    parts = [f"{k}: {v.hex()[:16] if isinstance(v, bytes) else v}" for k, v in detail.items()]
+    inner = {**detail, **detail["args"]} if isinstance(detail.get("args"), dict) else detail
+    parts = [f"{k}: {_short(v)}" for k, v in inner.items() if not isinstance(v, dict)]
     return ", ".join(parts)[:300]
+
+
+def _short(value: Any) -> str:
+    """A value of the audit log; digests by their first 16 characters, as everywhere on the pages."""
+    text = value.hex() if isinstance(value, bytes) else str(value)
+    return f"{text[:16]}…" if len(text) == 64 and not set(text) - set("0123456789abcdef") else text
 
 
 def whole_number(text: str | None, default: int) -> int:
