@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from edgepriv.wire import enrolment, envelope, link, messages, output, rounds, update  # noqa: F401 - they register their kinds
+from edgepriv.wire import (  # noqa: F401 - they register their kinds
+    enrolment,
+    envelope,
+    link,
+    messages,
+    output,
+    reference,
+    rounds,
+    update,
+)
 from edgepriv.wire.message import KINDS
 
 FOLDER = Path(envelope.__file__).parent
