@@ -32,11 +32,11 @@ from private_synthesis_plot import plot, show
 from edgepriv import datasets
 from edgepriv.cli import synthesis_study as studies
 from edgepriv.risk.membership import attacks
-from edgepriv.risk.membership.audit import AuditReport, audit_shadows
+from edgepriv.risk.membership.audit import AuditReport, audit_released_sets, audit_shadows
 from edgepriv.risk.membership.classifier import Recipe, accuracy, train_classifier
 from edgepriv.risk.membership.scores import draw_masks
-from edgepriv.risk.membership.shadows import no_defence
-from edgepriv.synthesis import metric_privacy, training
+from edgepriv.risk.membership.shadows import no_defence, shadow_nearness
+from edgepriv.synthesis import accountant, metric_privacy, training
 from edgepriv.synthesis.training import DpSgd, noise_multiplier_for
 
 if TYPE_CHECKING:
@@ -250,6 +250,27 @@ def cards_of(name: str, plan: Plan, rows: dict[str, Outcome]) -> tuple[list[dict
     return releases, others
 
 
+def dimensions(plan: Plan, folder: Path) -> list[dict[str, Any]]:
+    """The released-set attacks alone, by latent dimensions and noise ratio: why one ratio does not fit every VAE."""
+    parts, found = parts_of(plan), []
+    pool = (parts.private[0][:500], parts.private[1][:500])
+    masks = draw_masks(16, 500, np.random.default_rng(2))
+    for dim in (8, 16, 32):
+        base = replace(plan.settings, latent_dim=dim, extra=0)
+        release = public_release(replace(plan, settings=base), folder)
+        for ratio in (2.0, 4.0):
+            settings = replace(base, noise_ratio=ratio)
+            mechanism = studies.mechanism_of(release.vae, parts, settings)
+            near = shadow_nearness(pool, masks, studies.pipeline_of(parts, settings, release), seed=1000)
+            audit = audit_released_sets(near, masks, np.random.default_rng(3))
+            top = audit.strongest
+            kappa = accountant.kappa(mechanism.clip_radius, mechanism.epsilon)
+            row = {"latent_dim": dim, "noise_ratio": ratio, "kappa": round(kappa, 1), "attack": top.attack}
+            found.append({**row, "auc": round(top.auc, 4), "null_auc": round(audit.null_auc, 4)})
+            log(f"dimensions: {found[-1]}")
+    return found
+
+
 def throughput(records: int = 100_000, shadows: int = 64) -> dict[str, Any]:
     """Draws a second, and seconds and peak working memory of the attacks on [shadows, records] arrays."""
     rng = np.random.default_rng(0)
@@ -278,25 +299,27 @@ def main() -> None:
     """Run what was asked and print it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.add_argument("--only", choices=[*PLANS, "throughput"], action="append", help="run these parts")
+    parser.add_argument("--only", choices=[*PLANS, "dimensions", "throughput"], action="append", help="run these parts")
     parser.add_argument("--plot", type=Path, help="folder for the plots")
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="processes of one thread")
     parser.add_argument("--keep", type=Path, help="folder that keeps finished rows")
     parser.add_argument("--full", action="store_true", help="more images, records and epochs: hours")
     options = parser.parse_args()
-    started, torch_free = time.perf_counter(), options.only == ["throughput"]
-    plans = {
-        name: plan
-        for name, plan in (FULL if options.full else PLANS).items()
-        if (not options.only or name in options.only) and (name == "digits" or (DATA / plan.source).is_dir())
-    }
+    started = time.perf_counter()
+    wanted = options.only or [*PLANS, "dimensions", "throughput"]
+    all_plans = FULL if options.full else PLANS
+    there = {name: plan for name, plan in all_plans.items() if name == "digits" or (DATA / plan.source).is_dir()}
+    plans = {name: plan for name, plan in there.items() if name in wanted}
     result: dict[str, Any] = {"schema": SCHEMA, "rows": [], "controls": []}
-    if not options.only or "throughput" in options.only:
+    if "throughput" in wanted:
         result["throughput"] = throughput()
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        found = {} if torch_free else run_all(plans, folder, options.workers)
+        found = run_all(plans, folder, options.workers) if plans else {}
+        if "dimensions" in wanted and "cifar10" in there:
+            torch.set_num_threads(options.workers)
+            result["dimensions"] = dimensions(there["cifar10"], folder)
     for name, rows in found.items():
         releases, others = cards_of(name, plans[name], rows)
         result["rows"] += releases
