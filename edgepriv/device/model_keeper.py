@@ -7,6 +7,7 @@ when a delivery was installed).
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from typing import TYPE_CHECKING, Any
@@ -71,25 +72,36 @@ class ModelKeeper:
         if self._monotonic() - self._checked < CHECK_S:
             return
         self._checked = self._monotonic()
-        self.floor.raise_to(self._trust().issued)
+        with contextlib.suppress(EdgeprivError):  # as below
+            self.floor.raise_to(self._trust().issued)
         self.floor.save()
-        if self.inferer.closed or self._expired(self.inferer):
+        if self.inferer.closed or self._forbidden():
             self.reopen()
+
+    def _forbidden(self) -> bool:
+        """Whether the running model may run no longer: its permission has expired, or the owner has revoked it."""
+        if self._expired(self.inferer):
+            return True
+        if not protected.is_store(self._config.model.path):
+            return False
+        try:
+            listed = self._trust()
+        except EdgeprivError:  # a list that has expired is the sealer's affair
+            return False
+        return protected.configured_store(self._config, self._identity, listed).revoked()
 
     def reopen(self) -> None:
         """Open what may run now in place of the running model; where nothing may, the session is closed."""
+        forbidden = self.inferer.closed or self._forbidden()
         try:
             opened = self._open()
         except EdgeprivError as error:
-            if not self.inferer.closed and not self._expired(self.inferer):
-                log.warning("the running model stays: %s", error)
-                return
-            if not self.inferer.closed:
-                log.warning("the model's session is closed: %s", error)
+            log.warning("%s: %s", "no model may run" if forbidden else "the running model stays", error)
+            if forbidden:
+                self.inferer.close()
+        else:
             self.inferer.close()
-            return
-        self.inferer.close()
-        self.inferer = opened
+            self.inferer = opened
         if self.updates is not None:
             self.updates.settle()
 

@@ -315,6 +315,10 @@ class ModelStore:
 
     # --- parts -----------------------------------------------------------------------------------------------
 
+    def revoked(self) -> bool:
+        """Whether the owner has revoked what runs."""
+        return bool(self.state.current) and not self._allowed(self.state.current)
+
     def place(self) -> Path:
         """Folder of the current model."""
         return self._place(self.state.current)

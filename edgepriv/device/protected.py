@@ -162,6 +162,8 @@ def _from_store(store: ModelStore, threads: int, accept: Callable[[Inferer], Non
         return inferer
 
     store.recover()
+    if store.revoked():
+        store.roll_back("the owner has revoked it")
     try:
         inferer = opened()
     except EdgeprivError as error:

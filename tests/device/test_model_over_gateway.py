@@ -7,6 +7,7 @@ from device_site import World
 from gateway_site import Site
 from model_site import TOML, Maker, Repository
 
+from edgepriv.device.model_keeper import CHECK_S
 from edgepriv.device.models import ModelStore
 from edgepriv.device.packing import Limits
 from edgepriv.device.protected import trust_of
@@ -184,6 +185,26 @@ def test_a_restart_goes_on_with_the_report_that_was_not_told(fleet):
     fleet.start()
     assert fleet.running() == 2
     assert fleet.reported(digest).reports == {"dev-cam1": ("good", "")}
+
+
+def test_a_revoked_model_is_replaced_by_the_last_good_one_or_closed_while_the_device_runs(fleet):
+    fleet.reported(fleet.offer(2))
+    keeper = fleet.runtime.stages.keeper
+    hour = [0.0]
+    keeper._monotonic = lambda: time.monotonic() + hour[0]
+
+    def revoke(*names):
+        fleet.site.revoked = names
+        fleet.site.write_trust()
+        hour[0] += CHECK_S + 1
+        fleet.world.turn()
+
+    good, current = fleet.store("dev-cam1").state.last_good, fleet.store("dev-cam1").state.current
+    revoke(good)
+    assert (fleet.running(), keeper.inferer.closed) == (2, False)
+    revoke(current)
+    assert (fleet.store("dev-cam1").state.current, keeper.inferer.closed) == ("", True)
+    assert any("revoked" in one.reason for one in keeper.updates._tried.values())
 
 
 @pytest.mark.parametrize(
