@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from edgepriv.risk.jobs import Job
 
 INDEX_STYLE = """
-tbody tr + tr th { border-top: 1px solid #d7dce2; } td, th { text-align: left; vertical-align: top; } .bad { color: #99131a; } .good { color: #12602f; }
+tbody tr + tr th { border-top: 1px solid #d7dce2; }
+td, th { text-align: left; vertical-align: top; } .bad { color: #99131a; } .good { color: #12602f; }
 th[scope=row] { white-space: nowrap; } code { overflow-wrap: anywhere; } .wide { overflow-x: auto; }
 a { color: #0b4fa8; } :focus-visible { outline: 3px solid #0b4fa8; outline-offset: 2px; }
 @media (prefers-color-scheme: dark) { .bad { color: #ff9d9f; } .good { color: #7fdb9f; } a { color: #8dbcff; } }

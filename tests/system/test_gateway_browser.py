@@ -85,28 +85,61 @@ def report(device, digest, good, reason=""):
     }))  # fmt: skip
 
 
-def test_an_operator_watches_a_round_and_a_rollout_that_halts_itself(site, browser, tmp_path):
+@pytest.fixture
+def fleet(site, tmp_path):
+    """Four devices that the gateway hears, and weights to begin rounds with."""
     parties = [LiveParty(site, Device(site, name)) for name in site.devices]
     for party in parties:
         wait_for(lambda p=party: p.pump() or p.device.acks, 15, "no session")
     weights = tmp_path / "w.bin"
     weights.write_bytes(encode_update({"w": np.zeros(4, np.float32)}))
-    command = {"path": str(weights), "model": "m"}
-    commands.wait(site.store, commands.submit(site.store, "test", "round-weights", command, time.time()), 15)
+    told(site, "round-weights", path=str(weights), model="m")
     time.sleep(1.0)  # the devices' presence is written twice a second
+    yield parties
+    for party in parties:
+        party.close()
 
-    context = browser.new_context(color_scheme="light")
-    page = context.new_page()
-    errors = []
+
+def told(site, action, **args):
+    """Let the daemon carry out a command; its result."""
+    return commands.wait(site.store, commands.submit(site.store, "test", action, args, time.time()), 15)
+
+
+def checked_page(browser, **context):
+    """A page whose script errors are collected."""
+    page, errors = browser.new_context(**context).new_page(), []
     page.on("pageerror", lambda error: errors.append(str(error)))
+    return page, errors
+
+
+def test_every_page_is_without_serious_faults(site, fleet, browser, tmp_path):
+    page, errors = checked_page(browser, color_scheme="light")
     page.goto(site.server.url + "/")
     assert serious_faults(page) == []
     shot(page, "login", tmp_path)
     log_in(page, site, "ann")
-    assert serious_faults(page) == []
-    shot(page, "overview", tmp_path)
+    for path in ("/", "/fleet", "/rounds", "/models", "/storage", "/alerts", "/audit"):
+        page.goto(site.server.url + path)
+        assert serious_faults(page) == [], path
+        shot(page, path.strip("/") or "overview", tmp_path)
+    assert errors == []
+    page.context.close()
 
-    # a live round, started from the page and followed without a reload
+
+def test_no_page_is_wider_than_a_telephone(site, fleet, browser, tmp_path):
+    page, errors = checked_page(browser, viewport={"width": 390, "height": 844}, color_scheme="dark")
+    log_in(page, site, "vic")
+    for path in ("/", "/fleet", "/rounds", "/models", "/storage", "/alerts", "/audit"):
+        page.goto(site.server.url + path)
+        assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth"), path
+    shot(page, "narrow", tmp_path)
+    assert errors == []
+    page.context.close()
+
+
+def test_an_operator_starts_follows_and_stops_a_live_round(site, fleet, browser, tmp_path):
+    page, errors = checked_page(browser, color_scheme="light")
+    log_in(page, site, "ann")
     page.goto(site.server.url + "/rounds")
     page.click("text=Start a round")
     page.wait_for_selector("text=Done.")
@@ -119,20 +152,26 @@ def test_an_operator_watches_a_round_and_a_rollout_that_halts_itself(site, brows
     page.click("text=Stop round 1")
     page.wait_for_selector("text=Done.")
     page.wait_for_selector("td:has-text('aborted')")
+    page.click("th a:has-text('1')")
+    page.wait_for_selector("h1:has-text('Round 1')")
+    assert "Not audited" in page.inner_text("main")
+    assert serious_faults(page) == []
+    shot(page, "round", tmp_path)
+    assert errors == []
+    page.context.close()
 
-    # a rollout that halts by itself when devices report failures
+
+def test_a_rollout_halts_itself_when_devices_report_failures(site, fleet, browser, tmp_path):
     model = tmp_path / "m.onnx"
     model.write_bytes(b"the model's bytes")
-    added = commands.submit(
-        site.store, "test", "model-add", {"path": str(model), "name": "gate", "version": "2"}, time.time()
-    )
-    digest = commands.wait(site.store, added, 15)["digest"]
-    plan = {"model": "gate", "stages": [100], "settle_s": 0.0}
-    commands.wait(site.store, commands.submit(site.store, "test", "model-rollout", plan, time.time()), 15)
-    for party in parties[:2]:
+    digest = told(site, "model-add", path=str(model), name="gate", version="2")["digest"]
+    told(site, "model-rollout", model="gate", stages=[100], settle_s=0.0)
+    for party in fleet[:2]:
         packet = report(party.device, digest, False, "accuracy 0.2 on the golden inputs")
         party.link.send(packet.topic, packet.payload)
-    wait_for(lambda: [p.pump() for p in parties] and len(parties[1].device.other) > 0, 10, "no reply")
+    wait_for(lambda: [p.pump() for p in fleet] and len(fleet[1].device.other) > 0, 10, "no reply")
+    page, errors = checked_page(browser, color_scheme="light")
+    log_in(page, site, "ann")
 
     def halted():
         page.goto(site.server.url + "/models")
@@ -144,24 +183,15 @@ def test_an_operator_watches_a_round_and_a_rollout_that_halts_itself(site, brows
     assert serious_faults(page) == []
     page.click("text=Halt gate 2")
     page.wait_for_selector("text=Done.")
-    for path in ("/fleet", "/storage", "/alerts", "/audit"):
-        page.goto(site.server.url + path)
-        assert serious_faults(page) == [], path
-        shot(page, path.strip("/"), tmp_path)
     assert errors == []
-    context.close()
-    for party in parties:
-        party.close()
+    page.context.close()
 
 
 def test_a_leaking_model_is_the_first_thing_seen_in_the_dark_and_without_javascript(site, browser, tmp_path):
     wait_for((site.folder / "state" / "status.json").exists, 15, "the gateway did not start")
     model = tmp_path / "v.onnx"
     model.write_bytes(b"a vicious model")
-    added = commands.submit(
-        site.store, "test", "model-add", {"path": str(model), "name": "vicious", "version": "1"}, time.time()
-    )
-    digest = commands.wait(site.store, added, 15)["digest"]
+    digest = told(site, "model-add", path=str(model), name="vicious", version="1")["digest"]
     body = cbor.encode({
         "model": digest, "verdict": "high leakage", "policy": "argmax", "serial": 1, "issued": int(time.time()),
         "expires": int(time.time()) + 86_400,
