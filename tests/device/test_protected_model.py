@@ -92,6 +92,7 @@ def test_an_altered_carrier_is_refused(site):
         open_inferer(site)
 
 
+@pytest.mark.parametrize("site", [True], indirect=True, ids=["external weights"])
 def test_the_doctor_and_the_bench_open_the_protected_model_and_write_nothing_in_clear(site):
     folder, owner, device, _ = site
     (folder / "trust.cbor").write_bytes(sign_trust(TrustList(1, NOW - 5, NOW + 10_000, (device.public,)), owner))

@@ -64,7 +64,8 @@ def test_a_model_over_2_gb_is_protected_delivered_and_run_exactly(tmp_path, mode
     plain = ort.InferenceSession(str(path)).run(None, {"x": x})[0]
     device, out = Identity.new("device", "cam1"), tmp_path / "bundle"
     device.save(tmp_path / "cam1.key")
-    report = json.loads(command("protect", path, "--share", "0.02", "--mode", mode, "--out", out, "--json"))
+    flags = ("--share", "0.02", "--mode", mode, "--decoys", "dprm", "--out", out, "--json")
+    report = json.loads(command("protect", path, *flags))
     assert report["selection"] == "magnitude"
     for leftover in tmp_path.glob("big.*"):
         leftover.unlink()

@@ -198,3 +198,17 @@ def test_wiping_overwrites_the_restored_weights(models, protect, device, issuer)
     restored = opened(bundle, permit(bundle, 3, device, issuer), device, issuer)
     restored.session(ort)
     assert not any(content.any() for content in restored.files)
+
+
+def test_a_large_file_is_sealed_in_parts_that_cannot_be_cut_exchanged_or_repeated(monkeypatch):
+    monkeypatch.setattr(levels, "PART_BYTES", 100)
+    binding, key, clear = levels.Binding(b"m" * 16, 1, bytes(32)), b"k" * 32, bytes(range(250))
+    sealed = bytes(levels.seal_file(key, binding, 0, clear))
+    assert levels.unseal_file(key, binding, 0, sealed) == clear
+    assert levels.unseal_file(key, binding, 0, levels.seal_file(key, binding, 0, b"")) == b""
+    one, two, rest = sealed[:128], sealed[128:256], sealed[256:]
+    for wrong in (one + two, one + rest, two + one + rest, one + one + rest, sealed[:-1], sealed + rest, b"", b"x"):
+        with pytest.raises(AuthenticationError):
+            levels.unseal_file(key, binding, 0, wrong)
+    with pytest.raises(AuthenticationError):
+        levels.unseal_file(key, binding, 1, sealed)
