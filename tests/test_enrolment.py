@@ -428,6 +428,17 @@ def test_a_renewal_brings_the_newer_trust_list_and_never_an_older_one(aged, serv
     assert (aged / "trust.cbor").read_bytes() == server.trust()
 
 
+def test_certificates_stay_readable_to_the_service_under_the_umask_of_a_unit(aged):
+    before = os.umask(0o077)
+    try:
+        renew(aged)
+    finally:
+        os.umask(before)
+    modes = {name: (aged / name).stat().st_mode & 0o777 for name in ("tls.crt", "tls-ca.crt", "trust.cbor")}
+    assert set(modes.values()) == {0o644}
+    assert (aged / "tls.key").stat().st_mode & 0o777 == 0o600
+
+
 def test_renewal_says_what_is_missing_and_who_does_not_answer(aged, server, clock):
     with pytest.raises(MissingFileError, match=r"tls\.crt"):
         renew(aged.parent / "nothing")
