@@ -212,3 +212,17 @@ def test_a_round_of_parts_survives_storage_in_every_state():
         step()
         raw = current.to_bytes()
         assert PartedRound.from_map(cbor.decode_map(raw, max_bytes=1 << 20)).to_bytes() == raw
+
+
+@pytest.mark.full
+@pytest.mark.timeout(600)
+def test_two_hundred_devices_of_which_a_tenth_vanishes_are_summed_exactly_in_four_cohorts(tmp_path):
+    policy = RoundPolicy(trainable=("*",), min_cohort=32)
+    fleet, deltas = _fleet(tmp_path, 200, policy=policy)
+    fleet.hold = {f"dev-{i:03d}" for i in range(0, 200, 10)}  # they joined and shared, and their upload never ends
+    fleet.open(_plan(fleet, min_cohort=32, max_cohort=64, quorum=128, deadline_s=40, stall_s=4))
+    record = fleet.run(seconds=1000)
+    assert record.outcome == "done", record.reason
+    assert len(record.participants) == 180
+    assert [state for _, state, _, _ in record.parts] == ["done"] * 4
+    assert np.array_equal(fleet.weights(record)["w"], _expected(deltas, record.participants))
