@@ -164,8 +164,12 @@ class Pages:
     # --- log-in -------------------------------------------------------------------------------------------
 
     def _session(self, request: Request) -> Session | None:
-        session = self.sessions.find(request.cookies.get(COOKIE, ""))
-        return session or self._by_certificate(request)
+        cookie = request.cookies.get(COOKIE, "")
+        session = self.sessions.find(cookie) or self._by_certificate(request)
+        if session is None and cookie and request.url.path != "/login":
+            client = request.client.host if request.client else "?"
+            log.warning("a cookie from %s is no session (forged, ended or expired): %r", client, request.url.path[:200])
+        return session
 
     def _by_certificate(self, request: Request) -> Session | None:
         """With a client CA the name in the certificate is the log-in; its session lives beside the connection."""

@@ -340,3 +340,27 @@ def test_the_fleet_page_shows_what_devices_report(site):
     assert [d["name"] for d in listed["devices"]] == ["dev-cam9"]
     assert "1234 items wait, 7 dropped, certificate 40 days, trust list 3" in site.cli("devices").stdout
     assert "no devices" in site.cli("devices", "--search", "nobody").stdout
+
+
+def test_what_is_refused_is_logged_with_its_client_and_cannot_forge_a_line(site, caplog):
+    made = client(site)
+    made.get("/", headers={"cookie": "edgepriv_session=forged"})
+    made.post("/login", data={"token": "x" * 20_000})
+    vic = client(site, "vic")
+    vic.get("/static/%2e%2e/app.py%0aann%20login")
+    vic.post("/do/round-start", data={"csrf": csrf(vic, "/")})
+    vic.post("/do/round-start", data={"csrf": csrf(vic, "/")}, headers={"origin": "http://evil"})
+    logged = [record.getMessage() for record in caplog.records if record.name == "gateway.pages"]
+    for said in ("is no session (forged", "refused: 413 '/login'", "refused: 404 '/static/", "page:vic refused"):
+        assert any(said in line for line in logged), said
+    assert any("a request from another site was refused" in line for line in logged)
+    assert sum("refused: 403 '/do/round-start'" in line for line in logged) == 2
+    assert not [line for line in logged if "\n" in line]
+
+
+def test_a_client_that_is_refused_again_and_again_does_not_fill_the_log(site, caplog):
+    made = client(site)
+    for _ in range(90):
+        made.get("/nothing-here")
+    logged = [r for r in caplog.records if r.name == "gateway.pages" and "404" in r.getMessage()]
+    assert len(logged) == 60
