@@ -17,22 +17,22 @@ from edgepriv.keys import Identity, load_identity
 from edgepriv.selective_encryption import bundle_files
 from edgepriv.selective_encryption.restore import open_carrier, open_level
 
-LAYERS, WIDTH = 64, 960
+LAYERS, WIDTH = 66, 960
 
 
 def write_model(folder):
     """A stack of convolutions with its weights beside it; returns path and bytes of weights."""
     rng = np.random.default_rng(0)
     count = WIDTH * WIDTH * 9
+    base = rng.standard_normal(count, np.float32) * np.float32(np.sqrt(2 / (9 * WIDTH)))
     tensors, nodes, before = [], [], "x"
     with (folder / "big.weights").open("wb") as file:
         for number in range(LAYERS):
-            weights = rng.standard_normal(count, np.float32) * np.float32(np.sqrt(2 / (9 * WIDTH)))
             tensor = TensorProto(name=f"w{number}", data_type=TensorProto.FLOAT, dims=[WIDTH, WIDTH, 3, 3])
             tensor.data_location = TensorProto.EXTERNAL
             for key, value in (("location", "big.weights"), ("offset", file.tell()), ("length", 4 * count)):
                 tensor.external_data.add(key=key, value=str(value))
-            file.write(weights)
+            file.write(np.roll(base, 1 + 7 * number))
             tensors.append(tensor)
             nodes.append(helper.make_node("Conv", [before, f"w{number}"], [f"c{number}"], pads=[1] * 4))
             nodes.append(helper.make_node("Relu", [f"c{number}"], [f"r{number}"]))

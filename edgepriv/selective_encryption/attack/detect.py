@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 DETECTORS = ("A", "A+NN", "B")
 MIN_EACH = 40
 MAX_ROWS = 8000
-COPIES = 8
+COPIES = 5
 CLEAR_SHARE = 0.3  # of each copy's true kernels; all of its decoys are learned from
 
 
