@@ -63,7 +63,7 @@ def fill(store, devices: int, rounds: int) -> None:
         "participants": names[:100], "rejected": [[n, "late: the sum is closed"] for n in names[100:110]],
         "invited": 128, "population": 10_000, "after_bytes": 1, "participation": "all", "noise_multiplier": 1.0,
         "outcome": "done", "reason": "", "privacy": "masked", "noise": "distributed", "epsilon": 1.5, "delta": 1e-5,
-        "model": "gate", "before": bytes(32), "after": bytes(32), "round": 0,
+        "model": "gate", "before": bytes(32), "after": bytes(32), "round": 0, "publish": "weights", "rule": "mean",
     }  # fmt: skip
     with store.batch():
         store.database.executemany(
