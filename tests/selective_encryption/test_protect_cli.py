@@ -325,3 +325,27 @@ def test_a_model_is_published_pulled_tested_switched_and_reported(protected, sit
     assert report["quality"] >= 0.8
     assert not report["trial"]
     assert command("model", "status", *config, "--json")["version"] == 1
+
+
+def test_a_shipment_carries_permissions_and_is_installed_as_the_runtime_does(protected, site, tmp_path):
+    config = tmp_path / "device.toml"
+    config.write_text((site / "device.toml").read_text().replace(str(site / "state"), str(tmp_path / "state")))
+    publish = (
+        *("model", "publish", protected[0], "--repository", tmp_path / "repo", "--owner", site / "owner.key"),
+        *("--data", "digits", "--golden", "8", "--shipment", tmp_path / "digits.shipment"),
+    )
+    command(*publish)
+    install = ("model", "install", tmp_path / "digits.shipment", "--config", config)
+    with pytest.raises(TrustError, match="no permission"):
+        command(*install)
+    other = permit(protected, site, device="cam2.key.pub")
+    with pytest.raises(EdgeprivError, match="is not a verdict"):
+        command(*publish, "--verdict", other)
+    command(*publish, "--permission", other, "--permission", permit(protected, site, level=1))
+    report = command(*install, "--json")
+    assert (report["installed"], report["version"], report["trial"]) == (True, 1, True)
+    assert command("model", "confirm", "--config", config).startswith("digits version 1 runs (")
+    assert not (tmp_path / "state" / "models" / "incoming").exists()
+    (tmp_path / "rubbish").write_bytes(b"hello")
+    with pytest.raises(DataError, match="not a model delivery"):
+        command("model", "install", tmp_path / "rubbish", "--config", config)
