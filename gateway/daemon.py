@@ -35,7 +35,7 @@ from gateway.metrics import Metrics
 from gateway.models import Models
 from gateway.presence import Presence
 from gateway.rollout import Plan
-from gateway.root import QUESTION
+from gateway.root import QUESTION, root_of
 from gateway.roster import Roster
 from gateway.round_driver import RoundDriver
 from gateway.sessions import Sessions
@@ -117,11 +117,12 @@ class Gateway:
 
     def _make_uplink(self, identity: Identity) -> Uplink | None:
         """The session with the root, where ``[rounds] root`` names one."""
-        settings = self.rounds.settings
-        if not (root := settings.get("root")):
+        found = root_of(self.rounds.settings, identity.name)
+        if found is None:
             return None
+        root, shard = found
         return Uplink(
-            identity, self.roster, self.rounds, self.link, root=str(root), shard=int(settings.get("root_shard", 0)),
+            identity, self.roster, self.rounds, self.link, root=root, shard=shard,
             clock=self._clock,
         )  # fmt: skip
 

@@ -5,7 +5,8 @@ is dropped and counted, because every party repeats what it still waits for. Chu
 link, so a fetch of any size costs one row here. Requests of several parties take turns, and only ``MAX_STREAMS``
 downloads are served at a time: what a party has not taken yet lies in the broker's memory, so the broker's queue is
 bounded by ``MAX_STREAMS`` windows however many devices want the same weights. A download gives its place back shortly
-after its last chunk, or when nothing was asked of it for ``IDLE_S``; the others wait in the order in which they asked.
+after its last chunk, when nothing was asked of it for ``IDLE_S``, or, where others wait, after ``TURN_S``, so that slow
+devices do not hold up the rest; the others wait in the order in which they asked.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ MAX_QUEUED = 20_000
 MAX_FETCH_CHUNKS = 256
 MAX_FETCHES_PER_PARTY = 8
 MAX_OPEN_FILES = 32
-MAX_STREAMS = 8
+MAX_STREAMS = 4
 IDLE_S = 2.0
+TURN_S = 5.0
 LINGER_S = 0.01  # for each chunk of a download's last fetch
 
 Stream = tuple[str, bytes]
@@ -57,6 +59,7 @@ class Downlink:
         self._serving: OrderedDict[tuple[str, bytes, int], _Serving] = OrderedDict()
         self._parked: OrderedDict[tuple[str, bytes, int], _Serving] = OrderedDict()
         self._streams: dict[Stream, float] = {}  # downloads that are served now, and when they last moved
+        self._since: dict[Stream, float] = {}  # and since when they are
         self._files: OrderedDict[Path, Any] = OrderedDict()
         self.dropped = 0
         self.sent = 0
@@ -92,14 +95,24 @@ class Downlink:
 
     def _admit(self, stream: Stream) -> bool:
         """Whether a download has, or gets, one of the places."""
-        if stream not in self._streams and len(self._streams) >= MAX_STREAMS:
+        now = self._clock()
+        if stream in self._streams and self._parked and now - self._since[stream] >= TURN_S:
+            self._drop_stream(stream)  # its turn is over; it waits behind those that wait already
             return False
-        self._streams[stream] = self._clock()
+        if stream not in self._streams:
+            if len(self._streams) >= MAX_STREAMS:
+                return False
+            self._since[stream] = now
+        self._streams[stream] = now
         return True
+
+    def _drop_stream(self, stream: Stream) -> None:
+        del self._streams[stream], self._since[stream]
 
     def _leave(self, stream: Stream, chunks: int) -> None:
         """All of a download is at the broker: its place is free when the last chunks can have left there."""
-        self._streams[stream] = self._clock() - IDLE_S + chunks * LINGER_S
+        if stream in self._streams:
+            self._streams[stream] = self._clock() - IDLE_S + chunks * LINGER_S
 
     def _unpark(self) -> None:
         """Give places that are free, or whose download stands still, to those that wait longest."""
@@ -108,7 +121,7 @@ class Downlink:
         now, busy = self._clock(), {key[:2] for key in self._serving}
         for stream, moved in list(self._streams.items()):
             if stream not in busy and now - moved >= IDLE_S:
-                del self._streams[stream]
+                self._drop_stream(stream)
         for key in list(self._parked):
             if not self._admit(key[:2]):
                 return
@@ -136,7 +149,8 @@ class Downlink:
             chunk = Chunk(serving.ref, serving.following, self._read(serving))
             serving.following += 1
             self._serving.move_to_end(key)
-            self._streams[key[:2]] = self._clock()
+            if key[:2] in self._streams:
+                self._streams[key[:2]] = self._clock()
             if serving.following >= serving.end:
                 del self._serving[key]
                 if serving.end == chunk_count(serving.size, serving.chunk_bytes):

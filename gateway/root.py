@@ -94,6 +94,24 @@ def shard_names(settings: dict[str, Any]) -> tuple[str, ...]:
     return tuple(names)
 
 
+def root_of(settings: dict[str, Any], own: str) -> tuple[str, int] | None:
+    """Name and topic shard of this gateway's root, or None where it has none.
+
+    Raises:
+        ConfigError: not another gateway, or this gateway is a root itself.
+    """
+    name, shard = settings.get("root"), settings.get("root_shard", 0)
+    if name is None:
+        return None
+    if not isinstance(name, str) or not name.startswith("gateway-") or name == own:
+        raise ConfigError("[rounds] root is another gateway's full name", hint='root = "gateway-root"')
+    if settings.get("shards"):
+        raise ConfigError("[rounds] names a root and shards: a gateway is one or the other")
+    if type(shard) is not int or not 0 <= shard <= 999:
+        raise ConfigError("[rounds] root_shard is the root's [gateway] shard, 0 to 999")
+    return name, shard
+
+
 def plan_map(plan: RoundPlan) -> dict[str, Any]:
     """What shards are told of a plan."""
     return {f.name: plain(getattr(plan, f.name)) for f in dataclasses.fields(RoundPlan) if f.name not in OWN}

@@ -10,7 +10,7 @@ from gateway_site import Device, Site
 
 from edgepriv.wire.messages import Fetch
 from edgepriv.wire.update import encode_update
-from gateway.downlink import IDLE_S, LINGER_S, MAX_STREAMS
+from gateway.downlink import IDLE_S, LINGER_S, MAX_STREAMS, TURN_S
 
 CHUNK, CHUNKS, WINDOW = 1024, 64, 16
 MANY = 2 * MAX_STREAMS + 1
@@ -86,3 +86,12 @@ def test_a_request_that_is_repeated_while_it_waits_is_served_once(fleet):
     fleet.now += IDLE_S
     fleet.turn()
     assert fleet.gateway.downlink.sent == before + WINDOW
+
+
+def test_slow_devices_give_their_places_to_those_that_wait(fleet):
+    fleet.ask(fleet.devices, 0)
+    slow = fleet.devices[:MAX_STREAMS]
+    for _ in range(8):  # each takes its time, but never so much that it would count as gone
+        fleet.now += TURN_S / 4
+        fleet.ask(slow, WINDOW)
+    assert min(fleet.chunks()[: 2 * MAX_STREAMS]) >= WINDOW
