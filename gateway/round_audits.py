@@ -29,17 +29,18 @@ TOLD = (
 def waiting(
     database: Database, weights: Callable[[bytes], tuple[Path, int] | None] | None, *, after: int = -1
 ) -> list[dict[str, Any]]:
-    """Rounds that ended well and have no report yet, oldest first.
+    """The newest rounds that ended well and have no report yet, oldest first.
 
     Each has the fields `TOLD` of its record, ``devices`` (how many are in its sum) and ``before_bytes``: the size of
     the weights it began with, 0 where they are no longer here.
     """
     rows = database.query(
         "SELECT record FROM rounds WHERE state = 'done' AND snapshot IS NULL AND number > ? AND NOT EXISTS (SELECT 1"
-        " FROM reports WHERE kind = 'round' AND subject = CAST(rounds.number AS TEXT)) ORDER BY number LIMIT ?",
+        " FROM reports WHERE kind = 'round' AND subject = CAST(rounds.number AS TEXT)) ORDER BY number DESC LIMIT ?",
         (after, MAX_LISTED),
     )
-    return [_told(unpack(raw), weights) for (raw,) in rows]
+    records = [unpack(raw) for (raw,) in reversed(rows)]
+    return [_told(record, weights) for record in records if "clip" in record]  # older records lack the recipe
 
 
 def _told(record: dict[str, Any], weights: Callable[[bytes], tuple[Path, int] | None] | None) -> dict[str, Any]:

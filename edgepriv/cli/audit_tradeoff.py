@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from edgepriv.errors import DataError
+from edgepriv.errors import DataError, MissingFileError
 
 
 @click.command("privacy-tradeoff")
@@ -40,6 +40,10 @@ from edgepriv.errors import DataError
 @click.option("--audited", type=click.IntRange(2, 20), default=3, show_default=True, help="Rounds that are attacked.")
 @click.option("--match", type=click.Choice(["cosine", "l2"]), default="cosine", show_default=True, help="The attack's.")
 @click.option("--tv", type=click.FloatRange(0), default=1e-2, show_default=True, help="Its total variation.")
+@click.option(
+    "--add", "earlier", type=click.Path(path_type=Path), multiple=True,
+    help="JSON of an earlier sweep of the same federation: its points join this one's.",
+)  # fmt: skip
 @click.option("--limit", type=click.IntRange(100), default=3000, show_default=True, help="Images used.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
@@ -78,6 +82,7 @@ def tradeoff(*, as_json: bool, html: str | None, toml: Path | None, **options: A
         world, grid,
         attack=Attack(options["match"], iterations=options["iterations"], tv_weight=options["tv"]),
         rounds=options["rounds"], audited=options["audited"], delta=options["delta"], max_iip=options["max_iip"],
+        earlier=[_read(path) for path in options["earlier"]],
         progress=lambda line: click.echo(line, err=True),
     )  # fmt: skip
     if html:
@@ -87,3 +92,15 @@ def tradeoff(*, as_json: bool, html: str | None, toml: Path | None, **options: A
         toml.write_text(shown.recommended_toml(result), encoding="utf-8")
         click.echo(f"wrote {toml}", err=True)
     click.echo(json.dumps(result.record(), indent=2) if as_json else shown.as_text(result))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MissingFileError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON", hint="give what privacy-tradeoff --json printed") from error
+    if not isinstance(document, dict):
+        raise DataError(f"{path} holds no sweep", hint="give what privacy-tradeoff --json printed")
+    return document

@@ -42,6 +42,9 @@ PRESET_NAMES = (
 @click.option("--attack", "preset", default="bn-aware", show_default=True, type=click.Choice(PRESET_NAMES))
 @click.option("--labels", default=None, type=click.Choice(["known", "inferred", "joint"]))
 @click.option("--iterations", type=click.IntRange(1), default=None, help="Of each restart.")
+@click.option(
+    "--tv", type=click.FloatRange(0), default=None, help="Weight of the total variation: 0.1 for photographs."
+)
 @click.option("--restarts", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--noise-sigma", type=click.FloatRange(0), default=0.0, help="Noise in the update, for the bound.")
 @click.option("--clip", type=float, default=None, help="L2 norm the update was clipped to.")
@@ -233,9 +236,9 @@ def _attack(options: dict[str, Any]) -> Any:
     from edgepriv.risk.gradient_leakage.inversion import PRESETS
 
     changes = {"restarts": options["restarts"], "seed": options["seed"]}
-    for name in ("labels", "iterations"):
+    for name, field in (("labels", "labels"), ("iterations", "iterations"), ("tv", "tv_weight")):
         if options[name] is not None:
-            changes[name] = options[name]
+            changes[field] = options[name]
     return replace(PRESETS[options["preset"]], **changes)
 
 

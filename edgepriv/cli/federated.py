@@ -78,6 +78,7 @@ def self_check_command(update_path: Path, *, as_json: bool, out: Path | None, **
 @click.option("--data", required=True, help="Labelled images: digits, a folder or a file.")
 @click.option("--images", "n_images", type=click.IntRange(1), default=None, help="Only the first so many.")
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(1, 64))
 @click.option("--momentum-in", type=click.Path(path_type=Path), default=None, help="Buffers of the last round.")
 @click.option("--momentum-out", type=click.Path(path_type=Path), default=None, help="Write the buffers for the next.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Update file to write.")
@@ -92,8 +93,10 @@ def train_command(architecture: str, weights: Path, *, out: Path, as_json: bool,
 
     from edgepriv import datasets
     from edgepriv.federated.torch_trainer import train_locally
+    from edgepriv.risk import models
     from edgepriv.wire.update import encode_update
 
+    models.prepare(threads=options["threads"])
     data = datasets.load(options["data"], limit=options["n_images"])
     model = _model(architecture, weights, data, fresh=options["fresh"], seed=options["seed"])
     recipe = recipe_from(options)

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from edgepriv.datasets import Dataset
 
 
+SCHEMA = "edgepriv.privacy-tradeoff/1"
 MAX_COHORT = 4  # devices of a masked cohort that are played
 
 
@@ -158,7 +159,7 @@ class Tradeoff:
     def record(self) -> dict[str, Any]:
         """Return the JSON document."""
         return {
-            "schema": "edgepriv.privacy-tradeoff/1",
+            "schema": SCHEMA,
             "rounds": self.rounds,
             "clients": self.clients,
             "masked_cohort": self.cohort,
@@ -251,13 +252,23 @@ def run(
     delta: float = 1e-5,
     max_iip: float = 0.1,
     attack: Attack | None = None,
+    earlier: Sequence[dict[str, Any]] = (),
     progress: Callable[[str], None] | None = None,
 ) -> Tradeoff:
     """Judge every setting and recommend the most accurate one that leaks at most ``max_iip``.
 
-    ``audited``: how many rounds are attacked, from the first to the one after the last.
+    Args:
+        world: see :func:`make_world`.
+        settings: see :func:`settings_grid`.
+        rounds: of the federation.
+        audited: how many rounds are attacked, from the first to the one after the last.
+        delta: of epsilon.
+        max_iip: what the recommended setting may leak.
+        attack: budget and options.
+        earlier: JSON documents of sweeps over the same federation, whose points are added.
+        progress: told about each point.
     """
-    points: list[Point] = []
+    points: list[Point] = [point for document in earlier for point in _points_of(document, rounds, len(world.shards))]
     trained: dict[tuple[LocalRecipe, float, float], dict[int, nn.Module]] = {}
     for index, setting in enumerate(settings):
         key = setting.recipe, setting.clip, setting.noise_multiplier
@@ -273,6 +284,27 @@ def run(
     return Tradeoff(
         tuple(points), recommend(points, max_iip), rounds, len(world.shards), world.cohort, delta, max_iip, NOTES
     )
+
+
+def _points_of(document: dict[str, Any], rounds: int, clients: int) -> list[Point]:
+    """Read the points of an earlier sweep.
+
+    Raises:
+        DataError: it is none, or of another federation.
+    """
+    try:
+        if document["schema"] != SCHEMA or (document["rounds"], document["clients"]) != (rounds, clients):
+            raise DataError("an earlier sweep must be of as many rounds and clients")
+        return [_point_of(row) for row in document["points"]]
+    except (KeyError, TypeError) as error:
+        raise DataError("this is no sweep of privacy-tradeoff --json") from error
+
+
+def _point_of(row: dict[str, Any]) -> Point:
+    recipe = LocalRecipe(**{**row["recipe"], "trainable": tuple(row["recipe"]["trainable"])})
+    leaks = tuple((leak["round"], {k: v for k, v in leak.items() if k != "round"}) for leak in row["rounds"])
+    setting = Setting(recipe, row["clip"], row["noise_multiplier"], row["masked"])
+    return Point(setting, row["accuracy"], row["epsilon"], row["single_epsilon"], leaks, row["seconds"])
 
 
 def spread(rounds: int, audited: int) -> tuple[int, ...]:

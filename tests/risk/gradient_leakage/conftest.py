@@ -11,6 +11,8 @@ from edgepriv import datasets  # noqa: E402
 from edgepriv.federated.torch_trainer import train_locally  # noqa: E402
 from edgepriv.risk import models  # noqa: E402
 
+torch.set_num_threads(1)  # two on a busy machine are ten times slower
+
 
 @dataclass
 class Digits:
@@ -33,7 +35,6 @@ class Digits:
 
 @pytest.fixture(scope="session")
 def digits():
-    torch.set_num_threads(1)
     data = datasets.load("digits", split="all")
     x = (data.images.transpose(0, 3, 1, 2) / 255).astype(np.float32)
     return Digits(x[:898], data.labels[:898], x[898:], data.labels[898:])
