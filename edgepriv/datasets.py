@@ -199,11 +199,11 @@ def _image_folder(folder: Path) -> Dataset:
 
 
 def read_image(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Read one picture as uint8 [height, width, channels] (1 or 3 channels).
+    """Read one picture as uint8 [height, width, channels] (1 or 3 channels); of 16-bit gray the high bytes.
 
     Raises:
         MissingFileError: it does not exist.
-        DataError: it is not a picture, or larger than 100 megapixels.
+        DataError: it is not a picture, larger than 100 megapixels, or of 32-bit or float pixels.
     """
     if not path.is_file():
         raise MissingFileError(f"no such image: {path}")
@@ -212,8 +212,12 @@ def read_image(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
         with Image.open(path) as opened:
             if opened.width * opened.height > MAX_PIXELS:
                 raise DataError(f"{path}: {opened.width}x{opened.height} is more than {MAX_PIXELS} pixels")
-            picture = opened.convert("L" if opened.mode in {"1", "L", "I", "I;16", "F"} else "RGB")
-            array = np.asarray(picture, np.uint8)
+            if opened.mode in {"I", "F"}:
+                raise DataError(f"{path} has 32-bit or float pixels", hint="convert it to 8 or 16 bits")
+            if opened.mode.startswith("I;16"):
+                array = (np.asarray(opened) >> 8).astype(np.uint8)
+            else:
+                array = np.asarray(opened.convert("L" if opened.mode in {"1", "L"} else "RGB"), np.uint8)
     except (OSError, ValueError, SyntaxError) as error:
         raise DataError(f"{path} is not an image that can be read") from error
     return array[..., None] if array.ndim == 2 else array

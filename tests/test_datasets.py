@@ -161,3 +161,12 @@ def test_a_file_that_is_no_picture_is_refused(tmp_path):
         (tmp_path / "x.png").write_bytes(raw)
         with pytest.raises(DataError):
             datasets.read_image(tmp_path / "x.png")
+
+
+def test_pictures_of_more_than_eight_bits_give_their_high_bytes_or_are_refused(tmp_path):
+    deep = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    assert np.array_equal(datasets.read_image(tmp_path / "deep.png")[..., 0], deep >> 8)
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(DataError, match="float"):
+        datasets.read_image(tmp_path / "float.tif")

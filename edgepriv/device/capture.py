@@ -58,7 +58,8 @@ class FrameSource(Protocol):
 class DirectorySource:
     """Pictures of a folder in name order, once or in a loop; a sub-folder's name is no label here.
 
-    ``encoded``: frames carry the file's own bytes, so that a JPEG is sealed and sent as small as it is.
+    ``encoded``: frames carry the file's own bytes, so that a JPEG is sealed and sent as small as it is, and a 16-bit
+    PNG with all its bits; without it 8 bits of each are captured.
     """
 
     def __init__(
