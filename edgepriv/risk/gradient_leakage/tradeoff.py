@@ -293,11 +293,15 @@ def _points_of(document: dict[str, Any], rounds: int, clients: int) -> list[Poin
         DataError: it is none, or of another federation.
     """
     try:
-        if document["schema"] != SCHEMA or (document["rounds"], document["clients"]) != (rounds, clients):
-            raise DataError("an earlier sweep must be of as many rounds and clients")
-        return [_point_of(row) for row in document["points"]]
+        points = [_point_of(row) for row in document["points"]]
+        federation = document["rounds"], document["clients"]
     except (KeyError, TypeError) as error:
         raise DataError("this is no sweep of privacy-tradeoff --json") from error
+    if federation != (rounds, clients):
+        raise DataError(
+            f"the earlier sweep is of {federation[0]} rounds and {federation[1]} clients, not {rounds} and {clients}"
+        )
+    return points
 
 
 def _point_of(row: dict[str, Any]) -> Point:

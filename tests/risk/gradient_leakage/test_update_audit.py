@@ -174,7 +174,7 @@ def test_sweeps_of_one_federation_are_put_together(sweep):
     again = tradeoff.run(world, [], rounds=1, earlier=[document])
     assert json.loads(json.dumps(again.record()))["points"] == document["points"]
     assert again.recommended == sweep.recommended
-    with pytest.raises(DataError, match="as many rounds"):
+    with pytest.raises(DataError, match="1 rounds and 3 clients, not 3"):
         tradeoff.run(world, [], rounds=3, earlier=[document])
     with pytest.raises(DataError, match="no sweep"):
         tradeoff.run(world, [], rounds=1, earlier=[{"schema": 1}])
