@@ -17,26 +17,30 @@ from edgepriv.keys import Identity, load_identity
 from edgepriv.selective_encryption import bundle_files
 from edgepriv.selective_encryption.restore import open_carrier, open_level
 
-LAYERS, WIDTH = 66, 960
+LAYERS, WIDTH, GROUPS = 66, 2900, 100
+WIDE, FIRST = [WIDTH, WIDTH, 1, 1], [WIDTH, WIDTH // GROUPS, 3, 3]
 
 
 def write_model(folder):
-    """A stack of convolutions with its weights beside it; returns path and bytes of weights."""
+    """A grouped 3x3 convolution and a stack of wide 1x1 ones, weights beside the graph; returns path and bytes."""
     rng = np.random.default_rng(0)
-    count = WIDTH * WIDTH * 9
-    base = rng.standard_normal(count, np.float32) * np.float32(np.sqrt(2 / (9 * WIDTH)))
+    base = rng.standard_normal(WIDTH * WIDTH, np.float32) * np.float32(np.sqrt(2 / WIDTH))
     tensors, nodes, before = [], [], "x"
     with (folder / "big.weights").open("wb") as file:
-        for number in range(LAYERS):
-            tensor = TensorProto(name=f"w{number}", data_type=TensorProto.FLOAT, dims=[WIDTH, WIDTH, 3, 3])
+        for number in range(LAYERS + 1):
+            dims = WIDE if number else FIRST
+            count = int(np.prod(dims))
+            tensor = TensorProto(name=f"w{number}", data_type=TensorProto.FLOAT, dims=dims)
             tensor.data_location = TensorProto.EXTERNAL
             for key, value in (("location", "big.weights"), ("offset", file.tell()), ("length", 4 * count)):
                 tensor.external_data.add(key=key, value=str(value))
-            file.write(np.roll(base, 1 + 7 * number))
+            file.write(np.roll(base, 1 + 7 * number)[:count])
             tensors.append(tensor)
-            nodes.append(helper.make_node("Conv", [before, f"w{number}"], [f"c{number}"], pads=[1] * 4))
+            shape = {} if number else {"pads": [1] * 4, "group": GROUPS}
+            nodes.append(helper.make_node("Conv", [before, f"w{number}"], [f"c{number}"], **shape))
             nodes.append(helper.make_node("Relu", [f"c{number}"], [f"r{number}"]))
             before = f"r{number}"
+        size = file.tell()
     info = helper.make_tensor_value_info
     shape = ["n", WIDTH, 2, 2]
     graph = helper.make_graph(
@@ -44,7 +48,7 @@ def write_model(folder):
     )
     path = folder / "big.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), str(path))
-    return path, 4 * count * LAYERS
+    return path, size
 
 
 def command(*words):
