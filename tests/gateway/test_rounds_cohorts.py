@@ -127,6 +127,13 @@ def test_the_disk_holds_few_sums_whatever_the_number_of_cohorts(tmp_path):
     assert most <= 4  # the round's own, the running cohort's, and those that the next tick sweeps
 
 
+def test_random_k_keeps_the_same_coordinates_in_all_cohorts(tmp_path):
+    fleet = Fleet(tmp_path, [fixed_trainer({"w": np.ones(SIZE)}, 2) for _ in range(8)])
+    fleet.open(_plan(fleet, max_cohort=4, encoding="randomk", keep=0.5, seed=b"s" * 32))
+    new = fleet.weights(fleet.run())["w"]
+    assert sorted(new) == [0.0] * (SIZE // 2) + [1.0] * (SIZE // 2)
+
+
 def test_distributed_noise_counts_each_cohorts_survivors_in_the_denominator(tmp_path):
     pytest.importorskip("dp_accounting")
     fleet = Fleet(tmp_path, [fixed_trainer({"w": np.full(3000, 0.01)}, 5) for _ in range(8)])
