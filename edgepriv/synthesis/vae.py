@@ -58,7 +58,7 @@ def default_config(shape: tuple[int, int, int], classes: int, **changes: Any) ->
     elif pixels <= 400:
         fields = {"kind": "mlp", "latent_dim": 16, "hidden": 192}
     elif channels == 1:
-        fields = {"kind": "conv", "latent_dim": 16, "hidden": 16, "epochs": 30}
+        fields = {"kind": "conv", "latent_dim": 16, "hidden": 16, "epochs": 30, "beta": 1.0}
     else:
         fields = {"kind": "conv", "latent_dim": 32, "hidden": 32, "epochs": 30}
     fields.update({key: value for key, value in changes.items() if value is not None})

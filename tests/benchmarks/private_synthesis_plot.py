@@ -63,6 +63,6 @@ def show(result: dict[str, Any]) -> None:
             f"| {proved} | {audit['strongest']} | {audit['auc']:.3f} | {100 * (audit['tpr_at_1pct'] or 0):.1f} % "
             f"| {audit['null_auc']:.3f} |"
         )
-    for key in ("dimensions", "throughput", "wall_seconds", "cpu_seconds"):
+    for key in ("latent", "throughput", "wall_seconds", "cpu_seconds"):
         if key in result:
             print(f"\n{key}: {json.dumps(result[key])}")
