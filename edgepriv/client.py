@@ -19,6 +19,7 @@ from edgepriv.wire import envelope, messages, topics
 from edgepriv.wire.messages import Ack, Chunk, Fetch, Notice, Query, Reply
 from edgepriv.wire.session import open_session
 from edgepriv.wire.transfer import REF_BYTES, Download, chunk_bytes_for
+from edgepriv.wire.trust import MAX_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -157,6 +158,20 @@ class GatewayClient:
         if envelope.parse(raw).digest() != frame.digest:
             raise WireError("the gateway sent another frame than it was asked for")
         return raw
+
+    def trust_above(self, version: int) -> bytes | None:
+        """The gateway's trust list where it says that it has a newer one than ``version``; the caller judges it.
+
+        Raises:
+            WireError: the gateway says so in a wrong form, or refuses.
+            TemporaryError: no answer in time.
+        """
+        match self.query("trust"):
+            case {"version": int() as newest, "digest": bytes() as digest, "size": int() as size} if len(digest) == 32:
+                if newest <= version:
+                    return None
+                return self.fetch_object(digest[:REF_BYTES], size, max_bytes=MAX_BYTES)
+        raise WireError("the gateway does not say which trust list it has")
 
     def fetch_object(self, ref: bytes, size: int, *, max_bytes: int = MAX_FRAME_BYTES) -> bytes:
         """Any object that the gateway holds for this party; the caller checks what it got.

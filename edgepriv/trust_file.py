@@ -32,6 +32,7 @@ class TrustFile:
         self._path, self._state, self._clock, self._owner = path, state, clock, public.ed25519
         self._watched = os.fspath(path)  # asked for at every frame, and pathlib takes its time
         self._received = state.with_name(state.name + ".cbor")
+        self._digest = state.with_name(state.name + ".digest")
         self._stamp: Stamp = None
         self._trust: TrustList | None = None
         self.error = ""
@@ -89,7 +90,9 @@ class TrustFile:
         _, raw = max(found, key=lambda pair: pair[0].version)
         trust = self._checked(raw)
         if (trust.version, trust.digest) != self._seen():
-            _replace(self._state, f"{trust.version} {trust.digest.hex()}".encode())
+            # Two files, so that the version before this one, which knows the number alone, can be gone back to.
+            _replace(self._digest, f"{trust.version} {trust.digest.hex()}".encode())
+            _replace(self._state, str(trust.version).encode())
         return trust
 
     def _checked(self, raw: bytes) -> TrustList:
@@ -99,8 +102,9 @@ class TrustFile:
     def _seen(self) -> tuple[int, bytes]:
         """Version and digest of the newest list that was ever in force here."""
         try:
-            version, _, digest = self._state.read_text().partition(" ")
-            return int(version), bytes.fromhex(digest)
+            version = int(self._state.read_text())
+            of, _, digest = self._digest.read_text().partition(" ") if self._digest.is_file() else ("0", "", "")
+            return version, bytes.fromhex(digest) if int(of) == version else b""
         except FileNotFoundError:
             return 0, b""
         except ValueError:

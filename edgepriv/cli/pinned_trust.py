@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,28 @@ from edgepriv.trust_file import TrustFile
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from edgepriv.client import GatewayClient
     from edgepriv.wire.trust import TrustList
+
+LOG = logging.getLogger(__name__)
+
+
+def adopt_newer(client: GatewayClient, trust: TrustFile) -> bool:
+    """Take the owner's newer list from the gateway, where it has one; what he did not sign is refused.
+
+    Returns:
+        Whether another list is in force now.
+    """
+    raw = client.trust_above(trust.current().version)
+    if raw is None:
+        return False
+    try:
+        version = trust.adopt(raw).version
+    except TrustError as error:
+        LOG.warning("a trust list from the gateway was refused: %s", error)
+        return False
+    LOG.warning("trust list version %d is in force", version)
+    return True
 
 
 def read(path: Path, owner_pub: Path, *, seen: Path | None = None) -> TrustList:

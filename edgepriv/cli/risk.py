@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgepriv.errors import KeyFileError, MissingFileError, RiskThresholdError
+from edgepriv.errors import EdgeprivError, KeyFileError, MissingFileError, RiskThresholdError
 
 if TYPE_CHECKING:
     from edgepriv.risk.config import RiskConfig
@@ -63,6 +63,7 @@ def open_service(config: RiskConfig) -> RiskService:
     """Read keys and trust list, and make the service with the device's own release policies."""
     import time
 
+    from edgepriv.cli.pinned_trust import adopt_newer
     from edgepriv.client import GatewayClient
     from edgepriv.device.purify import OutputPurifier, PurifiedPolicy
     from edgepriv.device.release import parse_policy
@@ -79,10 +80,16 @@ def open_service(config: RiskConfig) -> RiskService:
     broker = config.broker
 
     def connect() -> GatewayClient:
-        return GatewayClient(
+        client = GatewayClient(
             broker.url, identity, trust.current(), config.risk.gateway, shard=config.risk.shard,
             tls=broker.tls, username=broker.username, password_file=broker.password_file,
         )  # fmt: skip
+        try:
+            adopt_newer(client, trust)
+        except EdgeprivError:
+            client.close()
+            raise
+        return client
 
     pipelines = [parse_policy(spec) for spec in config.audit.policies]
     if config.audit.purifier is not None:

@@ -168,6 +168,19 @@ def test_a_deleted_received_list_does_not_bring_the_older_one_back(site, tmp_pat
         TrustFile(copy, owner, seen, clock=lambda: site.now).current()
 
 
+def test_the_version_before_this_one_reads_the_number_alone_and_may_be_gone_back_to(site, tmp_path):
+    copy, owner, seen = own_copy(site).trust, site.folder / "owner.key.pub", tmp_path / "seen"
+    trust = TrustFile(copy, owner, seen, clock=lambda: site.now)
+    trust.current()
+    site.write_trust()
+    trust.adopt((site.folder / "trust.cbor").read_bytes())
+    assert int(seen.read_text()) == 2
+    seen.write_text("3")  # the older program saw a newer list, and knows no digest
+    site.write_trust()
+    copy.write_bytes((site.folder / "trust.cbor").read_bytes())
+    assert TrustFile(copy, owner, seen, clock=lambda: site.now).current().version == 3
+
+
 @pytest.mark.system
 def test_a_revocation_reaches_a_running_device_over_a_real_broker(site, tmp_path):
     broker, daemon = Broker(tmp_path, site.port), GatewayProcess(site)
