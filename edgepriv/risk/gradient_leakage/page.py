@@ -130,7 +130,7 @@ def chart(
         y = HEIGHT - BOTTOM - (point[1] - ys[0]) / (ys[1] - ys[0]) * (HEIGHT - BOTTOM - TOP)
         return round(x, 1), round(y, 1)
 
-    parts = [_axes(title, x_name, y_name, xs, ys, labels), _legend(list(series))]
+    parts = [_axes(title, x_name, y_name, xs, ys, labels), _legend(series)]
     for index, rows in enumerate(series.values()):
         colour = COLOURS[index % len(COLOURS)]
         placed = [at(p) for p in rows]
@@ -156,9 +156,12 @@ def _mark(index: int, x: float, y: float) -> str:
     return f'<polygon points="{x:.1f},{tip:.1f} {x - 5:.1f},{base:.1f} {x + 5:.1f},{base:.1f}" fill="{colour}"/>'
 
 
-def _legend(names: Sequence[str]) -> str:
+def _legend(series: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+    """Return the names of the series that have points; an empty one keeps its colour for the next picture."""
     parts, x, y = [], float(LEFT), 34
-    for index, name in enumerate(names):
+    for index, (name, rows) in enumerate(series.items()):
+        if not rows:
+            continue
         width = 28 + 7 * len(name)
         if x > LEFT and x + width > WIDTH:
             x, y = float(LEFT), y + 16

@@ -281,9 +281,8 @@ def run(
             point = points[-1]
             found = f"accuracy {point.accuracy:.3f}, IIP {point.iip:.2f}, PSNR {point.psnr_db:.1f} dB"
             progress(f"{index + 1}/{len(settings)} {setting.name}: {found}")
-    return Tradeoff(
-        tuple(points), recommend(points, max_iip), rounds, len(world.shards), world.cohort, delta, max_iip, NOTES
-    )
+    cohort = max([world.cohort, *(int(point.fresh["clients"]) for point in points)])
+    return Tradeoff(tuple(points), recommend(points, max_iip), rounds, len(world.shards), cohort, delta, max_iip, NOTES)
 
 
 def _points_of(document: dict[str, Any], rounds: int, clients: int) -> list[Point]:

@@ -126,12 +126,12 @@ def _over_noise(result: Tradeoff, levels: list[float]) -> str:
         ("Attack over noise", "PSNR (dB)", "psnr_db"),
         ("Bound over noise", "gain over the prior (dB)", "bound_gain_db"),
     ):
-        series: Series = {}
+        series: Series = {point.setting.kind: [] for point in result.points}
         for point in result.points:
             if what == "bound_gain_db" and not point.setting.noise_multiplier:
                 continue  # without noise the bound is only what float32 rounds away
             at = float(levels.index(point.setting.noise_multiplier))
-            series.setdefault(point.setting.kind, []).append((at, float(getattr(point, what))))
+            series[point.setting.kind].append((at, float(getattr(point, what))))
         labels = [f"{level:g}" for level in levels]
         pictures += page.chart(
             title, "noise of the sum over the clip norm", name, {k: _worst(v) for k, v in series.items()}, labels=labels
