@@ -106,8 +106,7 @@ def _network(architecture: str, weights: Path | None, global_path: Path | None, 
 def _membership(net: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Margin and likelihood attacks without shadows."""
     import numpy as np
-    import torch
-
+    from edgepriv.risk import models
     from edgepriv.risk.membership import audit, scores
 
     inside, outside = (
@@ -115,8 +114,7 @@ def _membership(net: Any, options: dict[str, Any]) -> dict[str, Any]:
         _pictures(options["non_members"], options["limit"]),
     )
     images, labels = np.concatenate([inside[0], outside[0]]), np.concatenate([inside[1], outside[1]])
-    with torch.no_grad():
-        logits = torch.cat([net(part) for part in torch.split(torch.from_numpy(images), 256)]).numpy()
+    logits = models.logits_of(net, images)
     is_member = np.arange(len(labels)) < len(inside[1])
     view = audit.TargetView(
         margins=scores.margin(logits, labels), log_probabilities=scores.log_probability(logits, labels)

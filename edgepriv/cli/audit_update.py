@@ -118,12 +118,11 @@ def _audit(
 
 
 def _momentum(options: dict[str, Any]) -> dict[str, Any] | None:
-    import torch
+    from edgepriv.risk import models
 
     if options["momentum_state"] is None:
         return None
-    held = read_update_file(options["momentum_state"]).tensors
-    return {name: torch.tensor(value).to(options["device"]) for name, value in held.items()}
+    return models.as_tensors(read_update_file(options["momentum_state"]).tensors, options["device"])
 
 
 def _notes(model: Any, tensors: dict[str, Any], record: dict[str, Any]) -> list[str]:

@@ -156,6 +156,18 @@ def put_weights(model: nn.Module, weights: Mapping[str, Any], name: str, *, comp
     model.load_state_dict(state)
 
 
+def as_tensors(arrays: Mapping[str, Any], device: str = "cpu") -> dict[str, Tensor]:
+    """Return arrays as tensors by name."""
+    return {name: torch.tensor(value).to(device) for name, value in arrays.items()}
+
+
+def logits_of(model: nn.Module, images: Any) -> Any:
+    """Return logits [n, classes] of float32 images [n, c, h, w], in inference mode."""
+    model.eval()
+    with torch.no_grad():
+        return torch.cat([model(part) for part in torch.split(torch.from_numpy(images), 256)]).numpy()
+
+
 def save_weights(model: nn.Module, path: Path) -> None:
     """Write the state of ``model`` as safetensors."""
     from safetensors.torch import save_file
