@@ -106,6 +106,7 @@ def _network(architecture: str, weights: Path | None, global_path: Path | None, 
 def _membership(net: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Margin and likelihood attacks without shadows."""
     import numpy as np
+
     from edgepriv.risk import models
     from edgepriv.risk.membership import audit, scores
 
