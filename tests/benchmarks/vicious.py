@@ -36,6 +36,7 @@ from vicious_models import (
     open_data,
     references,
 )
+from vicious_small_probes import accusations
 from vicious_tables import as_tables
 
 from edgepriv.datasets import load
@@ -200,7 +201,7 @@ def auc_with_interval(honest, vicious, *, rounds=2000, seed=0):
 def judged_models(args):
     data = open_data(args.data / "mnist")
     found = references(data, args.cache)
-    entries = judging_entries(700) + honest_entries(500, many=True)
+    entries = judging_entries(700, args.attack_epochs) + honest_entries(500, many=True)
     return data, found, measure_set(entries, "judge", data, args.cache, found)
 
 
@@ -374,6 +375,11 @@ def public_code(args):
     return found
 
 
+def small_probes(_args):
+    """False and right accusations on few pictures."""
+    return accusations()
+
+
 PARTS = {
     "detection": detection,
     "policies": policies,
@@ -381,6 +387,7 @@ PARTS = {
     "defences": defences,
     "table": table,
     "timing": timing,
+    "small-probes": small_probes,
     "public-code": public_code,
 }
 
@@ -396,6 +403,7 @@ def main():
     parser.add_argument("--full", action="store_true", help="WRN-28, all training pictures: needs a GPU")
     parser.add_argument("--images", type=int, default=6000, help="training pictures of the table's MNIST models")
     parser.add_argument("--epochs", type=int, default=None)
+    parser.add_argument("--attack-epochs", type=int, default=24, help="of the vicious models that judge the detector")
     parser.add_argument("--last-weight", type=float, default=0.1, help="reconstruction weight left in the last epoch")
     parser.add_argument("--public-code", type=Path, default=None, help="a clone of mmalekzadeh/vicious-classifiers")
     parser.add_argument("--public-python", default=None, help="a Python with torch, torchvision and piq")

@@ -129,9 +129,9 @@ def seeded(first_seed: int, entries: list[Entry]) -> list[Entry]:
     return [replace(e, recipe=replace(e.recipe, seed=first_seed + i)) for i, e in enumerate(entries)]
 
 
-def judging_entries(first_seed: int) -> list[Entry]:
+def judging_entries(first_seed: int, epochs: int = 24) -> list[Entry]:
     """The vicious models that judge: strong, weak, behind a softmax, adapted to the detector."""
-    base = Recipe(epochs=10, schedule="cosine")
+    base = Recipe(epochs=epochs, schedule="cosine")
     # a decoder that reads logarithms, as an auditor would; the published form, which sees the scores, comes after it
     logs = replace(base, outputs="softmax", decoder_view="logarithms")
     softmax = [logs, replace(logs, reconstruction_weight=5.0), replace(logs, label_smoothing=0.1)]

@@ -68,10 +68,8 @@ def detection_table(found: dict) -> str:
 
 
 def indicator_table(found: dict) -> str:
-    rows = [{"models": name, **values} for name, values in found.items()]
-    for row in rows:
-        row["count"] = found[row["models"]]["models"]
-    return markdown(rows, ("models", "count", "auc_one_output", "auc_window_of_50", "windows_flagged"))
+    rows = [{"group": name, **values} for name, values in found.items()]
+    return markdown(rows, ("group", "models", "auc_one_output", "auc_window_of_50", "windows_flagged"))
 
 
 def as_tables(result: dict) -> str:
@@ -83,6 +81,7 @@ def as_tables(result: dict) -> str:
         "indicator": indicator_table,
         "defences": lambda rows: markdown(rows, DEFENCE_COLUMNS),
         "timing": lambda rows: markdown(rows, TIMING_COLUMNS),
+        "small-probes": lambda rows: markdown(rows, tuple(rows[0])),
         "public-code": str,
     }
     parts = [f"## {name}\n\n{form(result[name])}" for name, form in forms.items() if name in result]
