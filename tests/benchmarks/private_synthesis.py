@@ -101,7 +101,7 @@ ON_REQUEST = {  # what an idle core does in minutes: 2x2 means of MNIST with the
     "shifted14": replace(
         PLANS["shifted"], settings=replace(SHIFT, targets=13), ratios=(0.25, 0.5, 1, 2, 4), halve=True
     ),
-    "cifar10-few": Plan("cifar10", 3600, replace(THIRTEEN, audit_records=500, vae_epochs=20, beta=0.2), (2,)),
+    "cifar10-few": Plan("cifar10", 3600, replace(THIRTEEN, audit_records=500, vae_epochs=20, latent_dim=32), (2,)),
 }
 LARGE = replace(SMALL, recipe=Recipe(epochs=30), audit_records=2000)
 FULL = {
