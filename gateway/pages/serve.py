@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import signal
 import ssl
+import sys
 from typing import TYPE_CHECKING, Any
 
 from edgepriv.errors import ConfigError, MissingDependencyError
 from edgepriv.notify import Notifier
 
 if TYPE_CHECKING:
+    import uvicorn
+
     from gateway.config import Config, PagesSection
 
 NOTIFY_S = 5  # systemd hears of the loop this often; its watchdog waits 30 s
@@ -40,40 +43,54 @@ def serve(config: Config) -> None:
     async def alive() -> None:
         notifier.alive()
 
+    store = open_store(config)
+    try:
+        made = uvicorn.Config(
+            Pages(config, store, names=names).guarded(),
+            host=settings.host,
+            port=settings.port,
+            http=_naming(names),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=5,
+            limit_concurrency=200,
+            callback_notify=alive,
+            timeout_notify=NOTIFY_S,
+            **_tls(settings),
+        )
+        _run(made, notifier)
+    finally:
+        notifier.stopping()
+        store.close()
+
+
+def _run(config: uvicorn.Config, notifier: Notifier) -> None:
+    """Run the server; a stop is heeded before, while and after it serves."""
+    import uvicorn
+
+    served = False
+
     class Server(uvicorn.Server):
         """Tells systemd when it listens."""
 
         async def startup(self, sockets: Any = None) -> None:
+            nonlocal served
+            served = True
             await super().startup(sockets)
             notifier.ready()
             notifier.alive()
 
-    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn stops at it and then raises it again, for nobody
-        signal.signal(number, lambda *_: None)
-    store = open_store(config)
-    try:
-        Server(
-            uvicorn.Config(
-                Pages(config, store, names=names).guarded(),
-                host=settings.host,
-                port=settings.port,
-                http=_naming(names),
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                timeout_graceful_shutdown=5,
-                limit_concurrency=200,
-                callback_notify=alive,
-                timeout_notify=NOTIFY_S,
-                **_tls(settings),
-            )
-        ).run()
-    finally:
-        notifier.stopping()
-        store.close()
+    def stop(*_: object) -> None:
+        if not served:  # while it serves, uvicorn stops at the signal, and afterwards raises it again, for nobody
+            sys.exit(0)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    Server(config).run()
 
 
 def _naming(names: dict[Any, str]) -> Any:

@@ -178,3 +178,15 @@ def test_systemd_hears_when_the_pages_listen_and_that_their_loop_turns(tmp_path)
         thread.join()
     assert heard[0] == "READY=1"
     assert heard[-1] == "STOPPING=1"
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.4, 0.8, 1.6])
+def test_a_stop_while_the_pages_start_is_not_lost(tmp_path, after_s):
+    site = Site(tmp_path, pages={"tokens": "operators.toml", "port": free_port()})
+    site.gateway()
+    command = [sys.executable, "-m", "gateway", "pages", "--config", str(site.config_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    time.sleep(after_s)
+    process.terminate()
+    assert process.wait(15) in {0, -15}
+    site.close()
