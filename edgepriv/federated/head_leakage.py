@@ -120,7 +120,7 @@ def head_jacobian(
     prior = own if prior_variance is None else np.asarray(prior_variance, np.float64)
     unknowns, values = x.size, weight.size + bias.size
     joint = len(chosen) == len(x) and unknowns <= MAX_JOINT_UNKNOWNS and unknowns * values <= MAX_JOINT_VALUES
-    blocks = tuple(_example_tangents(weight, bias, x, y, recipe, i) for i in chosen)
+    blocks = tuple(_example_tangents(weight, bias, x, y, recipe, int(i)) for i in chosen)
     return HeadJacobian(blocks, prior + 1e-4, joint, time.perf_counter() - began)
 
 
