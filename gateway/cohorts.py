@@ -106,6 +106,8 @@ class Parts:
         counts = cohort.opened.survivors, cohort.opened.devices
         rejected = [row for row in record.rejected if row[0] not in taken]
         parent.ended(name, record.reason, taken=taken, rejected=rejected, counts=counts)
+        self._conductor.touch(parent)
+        self._conductor.saved()  # before the cohort is forgotten: a restart would open it a second time
         self._conductor.forget(cohort.plan)
         return self.carry_out(parent, parent.advance(), now)
 

@@ -325,9 +325,13 @@ class Conductor(Weights):
         """Hand an event to a round, save it, and do what it decides."""
         actions = current.handle(event, now)
         self.touch(current)
+        self.saved()
+        return self.carry_out(current, actions, now)
+
+    def saved(self) -> None:
+        """Save what changed, unless the caller does so before its transaction ends."""
         if not self.deferred:
             self.flush()
-        return self.carry_out(current, actions, now)
 
     def flush(self) -> None:
         """Save the rounds that changed. With ``deferred`` the caller does this before its transaction ends."""

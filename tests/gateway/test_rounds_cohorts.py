@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from round_fleet import Fleet, fixed_trainer
 
@@ -149,6 +149,7 @@ def test_distributed_noise_counts_each_cohorts_survivors_in_the_denominator(tmp_
 
 
 @given(seed=st.integers(0, 1 << 30))
+@example(seed=31205255)  # killed when a cohort was forgotten and its end not yet saved
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whatever_is_lost_and_whoever_is_killed_a_round_of_cohorts_ends_right(tmp_path_factory, seed):
     rng = np.random.default_rng(seed)
