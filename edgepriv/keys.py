@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from edgepriv import primitives
+from edgepriv import files, primitives
 from edgepriv.errors import ConfigError, KeyFileError, MissingFileError
 
 ROLES = {"owner": "owner", "device": "dev", "gateway": "gateway", "risk": "risk", "recipient": "op", "issuer": "issuer"}
@@ -106,8 +106,7 @@ class Identity:
             raise KeyFileError(f"cannot write {path}: {error.strerror}") from error
         with os.fdopen(fd, "w") as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+            files.sync_open(file)
         public_path(path).write_text(self.public.to_text())
 
     def __repr__(self) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from edgepriv import files
 from edgepriv.errors import EdgeprivError, KeyFileError, MissingFileError, TrustError
 from edgepriv.keys import load_public
 from edgepriv.wire.trust import MAX_BYTES, TrustList, read_trust
@@ -71,7 +72,7 @@ class TrustFile:
             raise TrustError(
                 f"trust list version {trust.version} is not newer than {before.version}, which is in force"
             )
-        _replace(self._received, raw)
+        files.replace(self._received, raw)
         self._stamp = None  # look again
         return self.current()
 
@@ -91,8 +92,8 @@ class TrustFile:
         trust = self._checked(raw)
         if (trust.version, trust.digest) != self._seen():
             # Two files, so that the version before this one, which knows the number alone, can be gone back to.
-            _replace(self._digest, f"{trust.version} {trust.digest.hex()}".encode())
-            _replace(self._state, str(trust.version).encode())
+            files.replace(self._digest, f"{trust.version} {trust.digest.hex()}".encode())
+            files.replace(self._state, str(trust.version).encode())
         return trust
 
     def _checked(self, raw: bytes) -> TrustList:
@@ -128,12 +129,3 @@ def _content(path: Path) -> bytes:
             return file.read(MAX_BYTES + 1)
     except OSError as error:
         raise MissingFileError(f"no trust list at {path}", hint="the owner makes it: edgepriv owner sign") from error
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgepriv import files
 from edgepriv.errors import DataError, RefusedError, WireError
 from edgepriv.federated.fixed_point import decode_sum, ring_of
 from edgepriv.federated.layout import Layout
@@ -201,11 +202,11 @@ def write_sum(
             trailer = {"round": opened.round, "base": opened.base, "taken": [list(row) for row in taken]}
             raw = cbor.encode(trailer)
             file.write(raw + _LENGTH.pack(len(raw)))
-            sync(file)
+            files.sync_open(file)
     finally:
         if old:
             old.close()
-    rename(fresh, before.path)
+    files.rename(fresh, before.path)
     return Checkpoint(before.path, before.length, taken)
 
 
@@ -315,13 +316,13 @@ def apply_mean(
     fresh = out.with_name(out.name + ".new")
     with fresh.open("wb") as file:
         writer.write(file)
-        sync(file)
+        files.sync_open(file)
     norm = float(np.sqrt(writer.squares))
     limit = _longest_honest(opened, writer.values, devices, cohorts) * rate
     if norm > limit:
         fresh.unlink()
         raise RefusedError(f"the mean update has norm {norm:.3g}, no honest one is above {limit:.3g}")
-    rename(fresh, out)
+    files.rename(fresh, out)
     return Result(writer.digest.digest(), out.stat().st_size, norm, devices)
 
 
@@ -408,19 +409,3 @@ def _read(file: Any, count: int, dtype: np.dtype[Any]) -> NDArray[Any]:
         if got != out.nbytes:
             raise DataError("a file of the round is cut short")
     return out
-
-
-def sync(file: Any) -> None:
-    """Bring a file's bytes to the disk."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def rename(fresh: Path, path: Path) -> None:
-    """Put a synced file in its place, durably."""
-    fresh.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -16,6 +16,7 @@ import random
 import shutil
 from typing import TYPE_CHECKING, Any
 
+from edgepriv import files
 from edgepriv.errors import EdgeprivError, RefusedError, WireError
 from edgepriv.federated.privacy import next_clip
 from edgepriv.wire import cbor
@@ -444,7 +445,7 @@ class Conductor(Weights):
         """Put finished weights (or a partial sum) where they are fetched from."""
         if not result.digest:
             return round_events.Finished()  # a cohort's sum is in its parent's
-        aggregate.rename(out, self.model_path(result.digest))
+        files.rename(out, self.model_path(result.digest))
         clip = 0.0
         if plan.adaptive_clip and plan.publish == "weights":
             clip = next_clip(plan.clip, result.within, quantile=plan.clip_quantile, rate=plan.clip_rate)

@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from typing import TYPE_CHECKING, Any
 
-from edgepriv import primitives
+from edgepriv import files, primitives
 from edgepriv.errors import AuthenticationError, RefusedError, TrustError, WireError
 from edgepriv.keys import PublicIdentity, full_name
 from edgepriv.primitives import x509
@@ -72,8 +71,8 @@ class Enrolment:
         if certificate_path.is_file():
             return x509.KeyAndCertificate(key_path.read_bytes(), certificate_path.read_bytes())
         made = x509.new_ca("edgepriv device CA", self._clock(), CA_DAYS)
-        _write(key_path, made.key, 0o600)
-        _write(certificate_path, made.certificate, 0o644)
+        files.replace(key_path, made.key, mode=0o600)
+        files.replace(certificate_path, made.certificate, mode=0o644)
         return made
 
     def server_certificate(self, hosts: tuple[str, ...]) -> x509.KeyAndCertificate:
@@ -223,13 +222,3 @@ def _state(expires: Any, revoked: Any, keys: Any, now: float) -> str:
 
 def _hash(value: bytes) -> bytes:
     return hashlib.sha256(value).digest()
-
-
-def _write(path: Path, data: bytes, mode: int) -> None:
-    partial = path.with_name(path.name + ".part")
-    partial.unlink(missing_ok=True)
-    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

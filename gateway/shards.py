@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgepriv import files
 from edgepriv.errors import DataError, WireError
 from edgepriv.federated.fixed_point import choose_ring, ring_of, signed, slack_of, value_bound
 from edgepriv.federated.noise import NoiseStream
@@ -120,8 +121,8 @@ def export_partial(
             raw = signed(reader.next(b - a), ring).astype("<i8").tobytes()
             digest.update(raw)
             file.write(raw)
-        aggregate.sync(file)
-    aggregate.rename(fresh, out)
+        files.sync_open(file)
+    files.rename(fresh, out)
     return Result(digest.digest(), out.stat().st_size, 0.0, len(taken))
 
 

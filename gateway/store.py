@@ -10,12 +10,11 @@ acknowledged has to make room. Content older than the age limit goes epoch by ep
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import os
 import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from edgepriv import files
 from edgepriv.errors import StorageFullError, WireError
 from edgepriv.wire import cbor
 from gateway import schema
@@ -333,7 +332,7 @@ class Store:
     def add_object(self, path: Path, *, kind: str, name: str, meta: dict[str, Any], now: float) -> bytes:
         """Copy a file into the store so that parties can fetch it; returns its SHA-256."""
         size = path.stat().st_size
-        digest = file_digest(path)
+        digest = files.sha256(path)
         if self.database.query("SELECT 1 FROM objects WHERE ref = ?", (digest[:16],)):
             self.database.execute(
                 "UPDATE objects SET kind = ?, name = ?, meta = ? WHERE ref = ?",
@@ -344,9 +343,8 @@ class Store:
         target = self.blobs / f"object-{digest.hex()}"
         temporary = target.with_suffix(".part")
         shutil.copyfile(path, temporary)
-        sync(temporary)
-        temporary.rename(target)
-        sync(self.blobs)
+        files.sync(temporary)
+        files.rename(temporary, target)
         with self.batch():
             self.database.execute(
                 "INSERT INTO objects (ref, digest, kind, name, size, path, added, meta)"
@@ -374,24 +372,6 @@ def _epoch_row(rows: list[Row]) -> EpochRow | None:
         return None
     key, epoch_id, party, seq, created, digest, raw, closed = rows[0]
     return EpochRow(key, bytes(epoch_id), party, seq, created, bytes(digest), bytes(raw or b""), bool(closed))
-
-
-def file_digest(path: Path) -> bytes:
-    """SHA-256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.digest()
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or a folder is on its disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def unpack(raw: bytes | None) -> Any:

@@ -15,11 +15,12 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from edgepriv import files
 from edgepriv.errors import WireError
 from edgepriv.wire import cbor
 from edgepriv.wire.messages import Grant
 from edgepriv.wire.transfer import CHUNK_BYTES, REF_BYTES, Incoming, chunk_count
-from gateway.store import file_digest, sync, unpack
+from gateway.store import unpack
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -178,10 +179,10 @@ class Transfers:
             WireError: the bytes are not what was offered: refused for good, staged bytes are deleted.
         """
         path = self._path(transfer)
-        if valid(path) if valid else file_digest(path) == transfer.digest:
+        if valid(path) if valid else files.sha256(path) == transfer.digest:
             _close(transfer)
-            sync(path)
-            sync(self._store.blobs)
+            files.sync(path)
+            files.sync(self._store.blobs)
             return path
         if transfer.resumed:
             transfer.resumed = False

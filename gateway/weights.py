@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
-from gateway import aggregate
+from edgepriv import files
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,11 +27,7 @@ class Weights:
         digest = hashlib.sha256(raw).digest()
         path = self.model_path(digest)
         if not path.exists():
-            fresh = path.with_name(path.name + ".new")
-            with fresh.open("wb") as file:
-                file.write(raw)
-                aggregate.sync(file)
-            aggregate.rename(fresh, path)
+            files.replace(path, raw)
         return digest
 
     def prune(self, keep: set[bytes]) -> None:

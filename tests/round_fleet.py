@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from edgepriv.federated.fixed_point import Ring, decode_sum, quantise
 from edgepriv.federated.head import BIAS, WEIGHT, HeadTrainer, new_head
 from edgepriv.federated.local_update import LocalUpdate
 from edgepriv.federated.participant import EndRound, FetchModel, Participant, RoundPolicy, Send, Upload
@@ -75,6 +76,12 @@ class Fleet:
 
     def open(self, plan):
         self._gateway(self.conductor.open_round(plan, list(self.devices), self.now))
+
+    def restart(self):
+        """SIGKILL of the gateway: a new conductor over what is durable."""
+        self.conductor = Conductor(self.folder / "gateway", self.store, self.trust)
+        staged = {bytes.fromhex(p.name): p for p in self.folder.glob("?" * 64)}
+        self._gateway(self.conductor.resume(self.now, staged))
 
     def run(self, *, seconds=400, step=1.0):
         """Step both ends until no round is running; returns the last record."""
@@ -169,3 +176,20 @@ def fixed_trainer(delta, examples):
 
 
 __all__ = ["BIAS", "WEIGHT", "Fleet", "HeadTrainer", "MemoryStore", "fixed_trainer", "new_head"]
+
+
+def weighted_fleet(folder, n, size, rng, **kwargs):
+    """Devices with random updates [size] and weights 1 to 4 in turn; returns the fleet and the updates."""
+    deltas = [rng.standard_normal(size).astype(np.float32) for _ in range(n)]
+    return Fleet(folder, [fixed_trainer({"w": d}, 1 + i % 4) for i, d in enumerate(deltas)], **kwargs), deltas
+
+
+def weighted_mean(deltas, names):
+    """What a round over exactly these devices of a `weighted_fleet` must give, bit for bit."""
+    ring = Ring(64, 10, 100.0, 4, 500)
+    total, weight = np.zeros(len(deltas[0]), np.uint64), 0
+    for name in names:
+        i = int(name.removeprefix("dev-"))
+        total += quantise(deltas[i], 1 + i % 4, ring)
+        weight += 1 + i % 4
+    return (decode_sum(total, ring).astype(np.float32).astype(np.float64) / weight).astype(np.float32)

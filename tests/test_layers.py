@@ -12,7 +12,7 @@ PACKAGES = ("edgepriv", "gateway", "firmware_sim")
 
 # Higher numbers may import lower ones. Parts of one layer never import each other.
 LAYERS = [
-    {"edgepriv.errors"},
+    {"edgepriv.errors", "edgepriv.files"},
     {"edgepriv.primitives"},
     {"edgepriv.keys"},
     {"edgepriv.wire", "edgepriv.mqtt", "edgepriv.settings", "edgepriv.datasets", "edgepriv.image_quality"},
@@ -27,7 +27,8 @@ SERVICES = {"edgepriv.settings", "edgepriv.datasets", "edgepriv.image_quality", 
 JOINED = {("edgepriv.cli", "edgepriv.demo"), ("edgepriv.__main__", "edgepriv.cli")}
 
 GATEWAY_MAY = (
-    "edgepriv.errors", "edgepriv.keys", "edgepriv.wire", "edgepriv.mqtt", "edgepriv.federated", "edgepriv.primitives",
+    "edgepriv.errors", "edgepriv.files", "edgepriv.keys", "edgepriv.wire", "edgepriv.mqtt", "edgepriv.federated",
+    "edgepriv.primitives",
     "edgepriv.settings", "edgepriv.trust_file", "edgepriv.logs", "edgepriv.notify", "edgepriv.doctor", "edgepriv",
 )  # fmt: skip
 GATEWAY_MAY_NOT_NAME = {"hpke_wrap", "DeviceEpoch", "FrameOpener", "open_frame", "unwrap_content"}

@@ -12,6 +12,7 @@ import click
 from edgepriv.errors import ConfigError, DataError, MissingFileError, RiskThresholdError
 
 if TYPE_CHECKING:
+    from edgepriv.device.release import ReleasePolicy
     from edgepriv.risk.reconstruction.audit import AuditRequest, OutputAudit
     from edgepriv.risk.reconstruction.leakage import Probe
 
@@ -89,16 +90,13 @@ def outputs(
 
 def _audit(model_path: Path, data: str, options: dict[str, Any]) -> OutputAudit:
     from edgepriv.device.purify import OutputPurifier, PurifiedPolicy
-    from edgepriv.device.release import ReleasePolicy, parse_policy
     from edgepriv.risk.compute import use_threads
     from edgepriv.risk.reconstruction.audit import audit_outputs
     from edgepriv.risk.reconstruction.supplied_model import OpeningLimits, SuppliedModel
 
     if options["weights"] and not options["arch"]:
         raise ConfigError("--weights needs --arch", hint="name the architecture that the weights belong to")
-    pipelines: list[ReleasePolicy] = [parse_policy(spec) for spec in options["policies"] or DEFAULT_POLICIES]
-    if unfit := [p.name for p in pipelines if p.task != "classify"]:
-        raise ConfigError(f"not a policy for classifiers: {', '.join(unfit)}")
+    pipelines = classifier_policies(options["policies"])
     notes = []
     if options["purifier"]:
         purifier = OutputPurifier.load(options["purifier"])
@@ -117,6 +115,16 @@ def _audit(model_path: Path, data: str, options: dict[str, Any]) -> OutputAudit:
         progress=lambda s: click.echo(s, err=True),
     )
     return replace(audit, notes=(*notes, *audit.notes))
+
+
+def classifier_policies(specs: tuple[str, ...]) -> list[ReleasePolicy]:
+    """Read the release policies of ``--policy``, or the usual four (ConfigError: one is not for classifiers)."""
+    from edgepriv.device.release import parse_policy
+
+    found: list[ReleasePolicy] = [parse_policy(spec) for spec in specs or DEFAULT_POLICIES]
+    if unfit := [policy.name for policy in found if policy.task != "classify"]:
+        raise ConfigError(f"not a policy for classifiers: {', '.join(unfit)}")
+    return found
 
 
 def _request(options: dict[str, Any]) -> AuditRequest:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from pathlib import Path
 
@@ -26,7 +25,6 @@ def demo(devices: int, frames: int, rounds: int, data: str, out: Path, seed: int
     from edgepriv.logs import configure_logs
 
     configure_logs("error")
-    signal.signal(signal.SIGTERM, _interrupt)  # a kill stops all processes as Ctrl-C does
     options = DemoOptions(devices, frames, rounds, data, out.resolve(), seed, broker)
     outcome = run_demo(options, _progress)
     report = write_report(outcome)
@@ -40,10 +38,6 @@ def demo(devices: int, frames: int, rounds: int, data: str, out: Path, seed: int
     for model in document["models"]:
         click.echo(f"model      {model}")
     click.echo(str(report))
-
-
-def _interrupt(_number: int, _frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _progress(text: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import http.client
 import json
-import os
 import ssl
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from urllib.parse import urlsplit
 
 import click
 
+from edgepriv import files
 from edgepriv.errors import (
     AuthenticationError,
     ConfigError,
@@ -57,7 +57,7 @@ def enroll(token_file: Path, out: Path, as_json: bool) -> None:
     identity, tls_key = _keys(token, out)
     answer = _exchange(token, identity, tls_key)
     keep(answer, token.owner_ed25519, out)
-    write(out / "enrolment.url", token.url.encode() + b"\n", 0o644)
+    files.replace(out / "enrolment.url", token.url.encode() + b"\n", mode=0o644)
     document = {"schema": "edgepriv.enroll/1", "name": token.device, "out": str(out), "trust": bool(answer.trust)}
     click.echo(
         json.dumps(document)
@@ -94,7 +94,7 @@ def _keys(token: Token, out: Path) -> tuple[Identity, bytes]:
     if identity.name != token.device:
         raise ConfigError(f"{path} is the key of {identity.name}, the token is for {token.device}")
     if not tls_path.is_file():
-        write(tls_path, x509.new_key(), 0o600)
+        files.replace(tls_path, x509.new_key(), mode=0o600)
     return identity, tls_path.read_bytes()
 
 
@@ -173,14 +173,14 @@ def keep(answer: EnrolAnswer, owner_ed25519: bytes, out: Path) -> None:
     """Write what was received; the trust list only if the pinned owner signed it and it is newer than the one here."""
     from edgepriv.wire.trust import read_trust
 
-    write(out / "tls.crt", answer.certificate, 0o644)
-    write(out / "tls-ca.crt", ssl.DER_cert_to_PEM_cert(_der(answer.ca)).encode(), 0o644)
+    files.replace(out / "tls.crt", answer.certificate, mode=0o644)
+    files.replace(out / "tls-ca.crt", ssl.DER_cert_to_PEM_cert(_der(answer.ca)).encode(), mode=0o644)
     if answer.broker_ca:
-        write(out / "broker-ca.crt", answer.broker_ca, 0o644)
+        files.replace(out / "broker-ca.crt", answer.broker_ca, mode=0o644)
     if answer.trust:
         newer = read_trust(answer.trust, owner_ed25519, now=time.time())
         if newer.version > _version_of(out / "trust.cbor", owner_ed25519):
-            write(out / "trust.cbor", answer.trust, 0o644)
+            files.replace(out / "trust.cbor", answer.trust, mode=0o644)
 
 
 def _version_of(path: Path, owner_ed25519: bytes) -> int:
@@ -191,15 +191,3 @@ def _version_of(path: Path, owner_ed25519: bytes) -> int:
         return read_trust(path.read_bytes(), owner_ed25519, now=0.0).version
     except (OSError, TrustError):
         return -1
-
-
-def write(path: Path, data: bytes, mode: int) -> None:
-    """Replace a file whole, with its mode, after it is durable."""
-    partial = path.with_name(path.name + ".part")
-    partial.unlink(missing_ok=True)
-    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-        os.fchmod(file.fileno(), mode)  # a unit's UMask must not make a certificate unreadable to the service
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -8,12 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgepriv.errors import ConfigError
-
 if TYPE_CHECKING:
     from edgepriv.risk.reconstruction.hardening import Hardening
-
-DEFAULT_POLICIES = ("argmax", "softmax:1", "softmax:2", "unsafe_raw_logits")
 
 
 @click.command()
@@ -45,8 +41,7 @@ def harden(model_path: Path, data: str, *, out: Path | None, as_json: bool, **op
 
 
 def _hardened(model_path: Path, data: str, options: dict[str, Any]) -> Hardening:
-    from edgepriv.cli.audit_outputs import open_pictures
-    from edgepriv.device.release import parse_policy
+    from edgepriv.cli.audit_outputs import classifier_policies, open_pictures
     from edgepriv.risk.compute import use_threads
     from edgepriv.risk.reconstruction.audit import AuditRequest
     from edgepriv.risk.reconstruction.decoders import DecoderSettings
@@ -54,9 +49,7 @@ def _hardened(model_path: Path, data: str, options: dict[str, Any]) -> Hardening
     from edgepriv.risk.reconstruction.leakage import AuditSettings
     from edgepriv.risk.reconstruction.supplied_model import OpeningLimits, SuppliedModel
 
-    pipelines = [parse_policy(spec) for spec in options["policies"] or DEFAULT_POLICIES]
-    if unfit := [p.name for p in pipelines if p.task != "classify"]:
-        raise ConfigError(f"not a policy for classifiers: {', '.join(unfit)}")
+    pipelines = classifier_policies(options["policies"])
     use_threads(options["threads"])
     limits = OpeningLimits(memory_bytes=options["memory_mib"] << 20, threads=options["threads"])
     model = SuppliedModel.find(model_path, limits=limits, scale=options["input_scale"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgepriv import files
 from edgepriv.errors import ConfigError, MissingFileError, TrustError
 
 if TYPE_CHECKING:
@@ -179,13 +179,8 @@ def _write(trust: TrustList, root: Identity, path: Path, *, as_json: bool) -> No
     from edgepriv.wire.trust import sign_trust
 
     raw = sign_trust(trust, root)
-    partial = path.with_name(path.name + ".part")
     try:
-        with partial.open("wb") as file:
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        files.replace(path, raw)
     except OSError as error:
         raise ConfigError(f"cannot write the trust list {path}: {error.strerror}") from None
     if as_json:

@@ -8,9 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from edgepriv.errors import TemporaryError, UnavailableError
 
@@ -69,16 +70,21 @@ class Child:
 
 @dataclass(slots=True)
 class Children:
-    """All child processes; leaving the ``with`` block stops them in reverse order."""
+    """All child processes; leaving the ``with`` block stops them in reverse order, and a SIGTERM leaves it."""
 
     folder: Path
     children: list[Child] = field(default_factory=list)
+    _before: Any = None
 
     def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # only there may a handler be set
+            self._before = signal.signal(signal.SIGTERM, _interrupt)  # a kill stops them all as Ctrl-C does
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self.stop_all()
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
 
     def start(self, name: str, command: list[str]) -> Child:
         """Start a process in a session of its own, so that Ctrl-C reaches it only through us."""
@@ -120,6 +126,10 @@ class Children:
         for child in reversed(self.children):
             self.stop(child)
         self.children.clear()
+
+
+def _interrupt(_number: int, _frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def python_command(*arguments: str) -> list[str]:

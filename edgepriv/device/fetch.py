@@ -7,10 +7,10 @@ right, otherwise it is thrown away and counted.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
+from edgepriv import files
 from edgepriv.errors import WireError
 from edgepriv.wire.messages import Chunk, Fetch
 from edgepriv.wire.transfer import REF_BYTES, Download, chunk_bytes_for, chunk_count
@@ -91,11 +91,11 @@ class Fetcher:
 
     def _finish(self, ref: bytes, pull: _Pull) -> None:
         del self._pulls[ref]
-        with pull.path.open("rb") as file:
-            digest = _sha256(file)
+        digest = files.sha256(pull.path)
         _notes(pull.path).unlink(missing_ok=True)
         if digest == pull.digest:
-            pull.path.rename(pull.path.with_suffix(""))
+            files.sync(pull.path)
+            files.rename(pull.path, pull.path.with_suffix(""))
         else:
             pull.path.unlink()
             self.failed += 1
@@ -139,10 +139,3 @@ def _noted(part: Path, size: int, chunk_bytes: int) -> bytes:
         return b""
     fits = head == f"{size} {chunk_bytes}".encode() and part.is_file()
     return bits if fits and len(bits) == (chunk_count(size, chunk_bytes) + 7) // 8 else b""
-
-
-def _sha256(file: BinaryIO) -> bytes:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.digest()

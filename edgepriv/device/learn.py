@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgepriv import files
 from edgepriv.device.config import SelfCheckConfig
 from edgepriv.errors import DataError, RefusedError, WireError
 from edgepriv.federated import head
@@ -259,17 +260,13 @@ class Learner:
 
     def _save(self) -> None:
         if self.participant.dirty:
-            temporary = self._state_file.with_suffix(".part")
-            temporary.write_bytes(self.participant.state())
-            temporary.rename(self._state_file)
+            files.replace(self._state_file, self.participant.state(), mode=0o600)
 
     def _adopt_head(self, raw: bytes, digest: bytes) -> None:
         tensors = decode_update(raw, max_bytes=self._fetcher.max_bytes).tensors
         if head.WEIGHT in tensors and head.BIAS in tensors:
             self.head, self.head_digest = tensors, digest
-            temporary = self._head_file.with_suffix(".part")
-            temporary.write_bytes(raw)
-            temporary.rename(self._head_file)
+            files.replace(self._head_file, raw)
 
     def _load_head(self) -> None:
         if self._head_file.is_file():

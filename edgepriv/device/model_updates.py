@@ -15,8 +15,8 @@ import time
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from edgepriv import primitives
-from edgepriv.device.packing import MAX_DELIVERY_BYTES, write_durably
+from edgepriv import files, primitives
+from edgepriv.device.packing import MAX_DELIVERY_BYTES
 from edgepriv.errors import WireError
 from edgepriv.wire.messages import Query, Reply
 
@@ -124,7 +124,7 @@ class ModelUpdates:
         self._tried[tried.object] = tried
         kept = list(self._tried.values())[-MAX_KEPT:]
         self._tried = {one.object: one for one in kept}
-        write_durably(self._path, json.dumps([asdict(one) for one in kept]).encode())
+        files.replace(self._path, json.dumps([asdict(one) for one in kept]).encode())
 
     def settle(self) -> None:
         """Learn from the store how an installed delivery did: confirmed, or rolled back and why."""

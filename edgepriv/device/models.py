@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgepriv import files
 from edgepriv.device import packing
 from edgepriv.device.verdicts import check_verdict, verdict_path
 from edgepriv.errors import DataError, EdgeprivError, MissingFileError, RefusedError, TrustError
@@ -106,7 +107,7 @@ class ModelStore:
 
     def _write(self, state: State) -> None:
         """Replace the state file; after this returns, a cut of power cannot lose it."""
-        packing.write_durably(self.folder / "state.json", json.dumps(asdict(state)).encode())
+        files.replace(self.folder / "state.json", json.dumps(asdict(state)).encode())
         self.state = state
 
     def raise_floor(self, seconds: int) -> None:
@@ -146,10 +147,9 @@ class ModelStore:
             part = place.with_name(place.name + ".part")
             shutil.rmtree(part, ignore_errors=True)
             packing.unpack(delivery, part)
-            part.rename(place)
-            packing.sync_folder(place.parent)
+            files.rename(part, place)
         if permission is not None:
-            packing.write_durably(place / PERMISSION, permission)
+            files.replace(place / PERMISSION, permission)
         return name
 
     def verify(self, name: str) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -18,6 +17,7 @@ import cbor2
 import numpy as np
 
 from edgepriv.errors import DataError, MissingFileError, WireError
+from edgepriv.files import sha256, sync_open
 from edgepriv.image_quality import psnr
 from edgepriv.selective_encryption import manifest
 from edgepriv.wire import delivery
@@ -163,8 +163,7 @@ def unpack(path: Path, folder: Path, schema: str = delivery.DELIVERY) -> list[st
                 place.parent.mkdir(exist_ok=True, mode=0o700)
                 with place.open("wb") as target:
                     span.copy(stream, target)
-                    target.flush()
-                    os.fsync(target.fileno())
+                    sync_open(target)
     except WireError as error:
         raise DataError(f"not a model delivery: {error}") from error
     return list(found)
@@ -190,28 +189,4 @@ def file_digest(path: Path) -> bytes:
         raise MissingFileError(f"no such delivery: {path}")
     if path.stat().st_size > MAX_DELIVERY_BYTES:
         raise DataError(f"{path} is larger than a delivery may be")
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.digest()
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Replace a small file; after this returns, a cut of power cannot lose it."""
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    return sha256(path)

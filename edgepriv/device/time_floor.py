@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from edgepriv.device.packing import write_durably
+from edgepriv import files
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,4 +42,4 @@ class TimeFloor:
     def save(self) -> None:
         """Keep it on the disk, if it is later than what is there."""
         if self.now() > self._stored():
-            write_durably(self._path, str(self.now()).encode())
+            files.replace(self._path, str(self.now()).encode())

@@ -64,7 +64,7 @@ def run_round_task(task: RoundTask) -> RoundAnswer:
 
 
 def _audited(task: RoundTask) -> RoundAnswer:
-    from edgepriv.risk.gradient_leakage.audit import play_round
+    from edgepriv.risk.gradient_leakage.audit import audit_round
     from edgepriv.risk.gradient_leakage.inversion import Attack
     from edgepriv.risk.gradient_leakage.page import update_html
     from edgepriv.risk.gradient_leakage.protections import ClippedNoise
@@ -79,7 +79,7 @@ def _audited(task: RoundTask) -> RoundAnswer:
     clip, noise = float(told["clip"]), _noise_of(told)
     # under masks the mean is seen: the noise of the sum over as many devices as are played
     protection = ClippedNoise(clip, noise / clients if told["privacy"] == MASKED else 0.0, recipe.shares_statistics)
-    record, audit = play_round(
+    record, audit = audit_round(
         model, recipe, canaries, round_number=int(told["round"]), protection=protection, clients=clients, clip=clip,
         attack=Attack(iterations=settings.iterations), device=task.device,
     )  # fmt: skip

@@ -12,6 +12,7 @@ import json
 import logging
 from typing import TYPE_CHECKING, Any
 
+from edgepriv import files
 from edgepriv.errors import EdgeprivError, TemporaryError, UnavailableError, WireError
 from edgepriv.risk.round_audit import RoundAnswer, RoundTask, run_round_task
 
@@ -123,9 +124,8 @@ class RoundWatch:
 
     def _keep(self, told: dict[str, Any], report: dict[str, Any]) -> None:
         path = self.folder / f"{told['round']}.json"
-        temporary = path.with_suffix(".part")
-        temporary.write_text(json.dumps({"round": told["round"], "before": told["before"].hex(), "report": report}))
-        temporary.replace(path)
+        kept = {"round": told["round"], "before": told["before"].hex(), "report": report}
+        files.replace(path, json.dumps(kept).encode())
         if "error" in report:
             LOG.warning("round %d cannot be audited: %s", told["round"], report["error"])
             self._metrics.rounds.labels("failed").inc()

@@ -11,10 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
 from typing import TYPE_CHECKING, Any, Protocol
 
+from edgepriv import files
 from edgepriv.errors import EdgeprivError, TemporaryError, UnavailableError, WireError
 from edgepriv.risk.drift import Drift, DriftWatch
 from edgepriv.risk.jobs import Job, JobQueue
@@ -170,12 +170,7 @@ class RiskService:
             self.metrics.rejected.labels("digest").inc()
             self.jobs.put_back(job.digest, "the gateway sent other bytes than it offered", self._clock())
             return None
-        temporary = path.with_suffix(".part")
-        with temporary.open("wb") as stream:
-            stream.write(raw)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
+        files.replace(path, raw)
         return path
 
     def _collect(self) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from edgepriv import files
 from edgepriv.errors import ConfigError, DataError, MissingDependencyError
 from edgepriv.synthesis.vae import Vae, VaeConfig, vae_loss
 
@@ -283,13 +283,7 @@ def _write(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, Any])
     from safetensors.torch import save
 
     data = save(tensors, metadata={"format": FORMAT, "config": json.dumps(header)})
-    partial = path.with_name(path.name + ".part")
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
+    files.replace(path, data, mode=0o600)
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

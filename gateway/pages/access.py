@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
 import re
 import secrets
 import time
@@ -17,6 +16,7 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from edgepriv import files
 from edgepriv.errors import ConfigError, KeyFileError
 from edgepriv.settings import read_toml
 
@@ -101,13 +101,7 @@ class Operators:
     def _write(self, operators: list[Operator]) -> None:
         assert self._path is not None  # noqa: S101 - callers checked; tells the type checker
         text = "".join(f'[{o.name}]\nrole = "{o.role}"\ntoken_sha256 = "{o.token_sha256}"\n\n' for o in operators)
-        fresh = self._path.with_suffix(".new")
-        fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(fd, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(self._path)
+        files.replace(self._path, text.encode(), mode=0o600)
         self._stamp = (0, 0)
 
 

@@ -42,6 +42,10 @@ RUNS = {
     "20 % sign flip, trimmed": {"attack": "sign-flip", "rule": "trimmed"},
     "20 % sign flip, median": {"attack": "sign-flip", "rule": "median"},
     "20 % sign flip, FLTrust": {"attack": "sign-flip", "rule": "fltrust"},
+    "20 % label flip": {"attack": "label-flip"},
+    "20 % label flip, trimmed": {"attack": "label-flip", "rule": "trimmed"},
+    "20 % label flip, median": {"attack": "label-flip", "rule": "median"},
+    "20 % label flip, FLTrust": {"attack": "label-flip", "rule": "fltrust"},
     "20 % scaling": {"attack": "scaling"},
     "20 % scaling, clip 2": {"attack": "scaling", "clip": 2.0},
 }
@@ -58,7 +62,8 @@ def shards(labels: np.ndarray, seed: int) -> list[np.ndarray]:
 
 
 def trainer(x: np.ndarray, y: np.ndarray, attack: str):
-    factor = {"sign-flip": -4.0, "scaling": -100.0}.get(attack, 1.0)
+    factor = {"sign-flip": -4.0, "scaling": -100.0, "label-flip": 4.0}.get(attack, 1.0)
+    y = (y + 1) % 10 if attack == "label-flip" else y  # and sent at four times its length, as the flipped sign is
 
     def train(weights, settings):
         delta = train_head(weights, x, y, settings.recipe, seed=settings.seed)

@@ -216,7 +216,7 @@ def over_rounds(world: World, rounds=(0, 2, 5, 10, 20)) -> list[dict]:
     recipe = LocalRecipe(0.05, batch_size=8)
     for number in range(max(rounds) + 1):
         if number in rounds:
-            found = audit.audit_round(
+            found, _ = audit.audit_round(
                 model, LocalRecipe(batch_size=4), held, round_number=number, attack=Attack(iterations=ITERATIONS)
             )
             out.append({"round": number, **{k: found["attack"][k] for k in ("psnr_db", "ssim", "iip")}})

@@ -10,10 +10,14 @@ import json
 import sys
 import time
 import zlib
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from multiprocessing import get_context
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from edgepriv.datasets import load
 from edgepriv.risk.reconstruction.adaptive import BatchAuditor, detector_loss, honest_level
@@ -37,14 +41,12 @@ from edgepriv.risk.reconstruction.vicious import Recipe, TrainingSet, train
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import torch
-
 SIDE = 14
 ROWS = {
     "calibrate": (0, 3000),
     "calibrate references": (6000, 9000),
-    "judge": (18_000, 23_000),
-    "references": (24_000, 29_000),
+    "judge": (30_000, 35_000),
+    "references": (36_000, 41_000),
 }
 DETECTOR = DetectorSettings(trained=DecoderSettings(form="mlp", epochs=15))
 REFERENCE_ARCHITECTURES = {"cnn-dropout": "cnn"}  # dropout is not in the file: the graph is that of cnn
@@ -137,9 +139,9 @@ def judging_entries(first_seed: int, epochs: int = 24) -> list[Entry]:
     softmax = [logs, replace(logs, reconstruction_weight=5.0), replace(logs, label_smoothing=0.1)]
     softmax += [replace(logs, label_smoothing=0.1, reconstruction_weight=w) for w in (2.0, 5.0)]
     softmax += [replace(base, outputs="softmax", reconstruction_weight=w) for w in (3.0, 10.0)]
-    slow = replace(base, batch=500, epochs=24, learning_rate=2e-3)
+    slow = replace(base, batch=500, epochs=2 * epochs, learning_rate=2e-3)  # large batches, for the auditor inside
     entries = strong_entries(base) + weak_entries(base) + [Entry("softmax", recipe) for recipe in softmax]
-    entries += [Entry("adapted", slow, weight) for weight in (0.02, 0.03, 0.05, 0.07, 0.1, 0.5)]
+    entries += [Entry("adapted", slow, weight) for weight in (0.03, 0.05, 0.1, 0.2, 0.3, 0.5)]
     return seeded(first_seed, entries)
 
 
@@ -240,31 +242,60 @@ def as_evidence(content: dict) -> Evidence:
     return Evidence(content["values"], lost, np.array(content["available"]), np.array(content["outputs"], np.float32))
 
 
-def references(data: Data, cache: Path, count: int = 5, part: str = "references") -> dict[str, list[Evidence]]:
-    def trained(name: str) -> list[dict]:
-        architecture = named(name, (SIDE, SIDE, 1), 10)
+@dataclass(frozen=True)
+class Work:
+    """Where a set is measured: the data set's folder, what keeps results, and how many processes share the work."""
+
+    folder: Path
+    cache: Path
+    workers: int = 1
+
+    def pool(self) -> ProcessPoolExecutor:
+        """Processes of one thread each."""
+        return ProcessPoolExecutor(self.workers, get_context("spawn"), torch.set_num_threads, (1,))
+
+
+def references(work: Work, count: int = 5, part: str = "references") -> dict[str, list[Evidence]]:
+    """What honest references of every architecture show, trained in parallel where they are not kept."""
+    names = ("cnn", "mlp", "linear", "cnn-wide")
+    with work.pool() as pool:
+        found = pool.map(_references_of, *zip(*[(work, name, count, part) for name in names], strict=True))
+        return {name: [as_evidence(one) for one in kept] for name, kept in zip(names, found, strict=True)}
+
+
+def _references_of(work: Work, name: str, count: int, part: str) -> list[dict]:
+    def trained() -> list[dict]:
+        data, architecture = _opened(work.folder), named(name, (SIDE, SIDE, 1), 10)
         found = train_references(architecture, data.parts[part], data.bench, count, settings=DETECTOR)
         return [as_values(one) for one in found]
 
-    return {
-        name: [
-            as_evidence(one)
-            for one in cached(cache / f"{part}-{name}-{count}.json".replace(" ", "-"), lambda name=name: trained(name))
-        ]
-        for name in ("cnn", "mlp", "linear", "cnn-wide")
-    }
+    return cached(work.cache / f"{part}-{name}-{count}.json".replace(" ", "-"), trained)
 
 
-def measure_set(
-    entries: list[Entry], part: str, data: Data, cache: Path, found: dict[str, list[Evidence]]
-) -> list[dict]:
-    """Measure every entry, from the cache where it is there."""
-    results = []
-    for at, entry in enumerate(entries):
-        started = time.monotonic()
-        against = zlib.crc32(json.dumps(SHIPPED.weights, sort_keys=True).encode())
-        name = f"{part}-{entry.key}" + (f"-{against:08x}" if entry.adapted else "")
-        results.append(cached(cache / f"{name}.json", lambda entry=entry: measured(entry, part, data, found, cache)))
-        took = time.monotonic() - started
-        print(f"{part} {at + 1}/{len(entries)} {entry.key} {took:.0f} s", file=sys.stderr, flush=True)
-    return results
+def measure_set(entries: list[Entry], part: str, work: Work, found: dict[str, list[Evidence]]) -> list[dict]:
+    """Measure every entry, from the cache where it is there; honest twins first, since several attacks share one."""
+    attacked = [entry.recipe for entry in entries if entry.recipe.reconstruction_weight] if part == "judge" else []
+    twins = list(dict.fromkeys(replace(recipe.honest(), seed=600) for recipe in attacked))
+    with work.pool() as pool:
+        list(pool.map(_twin, twins, [part] * len(twins), [work] * len(twins)))
+        waiting = [pool.submit(_measured, entry, part, work, found) for entry in entries]
+        return [one.result() for one in waiting]
+
+
+def _twin(honest: Recipe, part: str, work: Work) -> None:
+    data = _opened(work.folder)
+    twin_of(honest, data.parts[part], data.bench, work.cache)
+
+
+def _measured(entry: Entry, part: str, work: Work, found: dict[str, list[Evidence]]) -> dict:
+    started = time.monotonic()
+    against = zlib.crc32(json.dumps(SHIPPED.weights, sort_keys=True).encode())
+    name = f"{part}-{entry.key}" + (f"-{against:08x}" if entry.adapted else "")
+    result = cached(work.cache / f"{name}.json", lambda: measured(entry, part, _opened(work.folder), found, work.cache))
+    print(f"{part} {entry.key} {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+    return result
+
+
+@lru_cache(maxsize=1)
+def _opened(folder: Path) -> Data:
+    return open_data(folder)

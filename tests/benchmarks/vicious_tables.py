@@ -87,4 +87,4 @@ def as_tables(result: dict) -> str:
     parts = [f"## {name}\n\n{form(result[name])}" for name, form in forms.items() if name in result]
     spent = ", ".join(f"{n} {s['wall']:.0f} ({s['processor']:.0f})" for n, s in result["seconds"].items())
     whole = sum(s["wall"] for s in result["seconds"].values())
-    return "\n\n".join([*parts, f"seconds by the clock (of this process's processor time): {spent}; total {whole:.0f}"])
+    return "\n\n".join([*parts, f"seconds by the clock (of the processors): {spent}; total {whole:.0f}"])

@@ -31,13 +31,6 @@ DEVICE, GATEWAY, ANN, BOB, OTHER = PARTIES
 TRUST = TrustList(1, 0, 1 << 40, tuple(p.public for p in PARTIES))
 
 
-@pytest.fixture(params=["openssl", "portable"])
-def backend(request, monkeypatch):
-    chosen = primitives.backend(request.param)
-    monkeypatch.setattr(primitives, "_default_backend", lambda: chosen)
-    return chosen
-
-
 def sha(data):
     return hashlib.sha256(data).hexdigest()
 

@@ -24,13 +24,6 @@ VECTORS = [vector for path in FILES for vector in json.loads(path.read_text())]
 EACH = pytest.mark.parametrize("vector", VECTORS, ids=lambda v: v["name"])
 
 
-@pytest.fixture(params=["openssl", "portable"])
-def backend(request, monkeypatch):
-    chosen = primitives.backend(request.param)
-    monkeypatch.setattr(primitives, "_default_backend", lambda: chosen)
-    return chosen
-
-
 def parties_of(vector):
     h = bytes.fromhex
     found = [Identity(p["role"], p["name"], h(p["ed25519"]), h(p["x25519"])) for p in vector["parties"]]

@@ -19,18 +19,6 @@ from edgepriv.wire.messages import Ack, Grant
 from firmware_sim.faults import Faults
 
 
-@pytest.fixture
-def site(tmp_path):
-    return Site(tmp_path)
-
-
-@pytest.fixture
-def world(site, tmp_path):
-    made = World(site, classifier(tmp_path / "model"))
-    yield made
-    made.close()
-
-
 def counters_of(world, name="dev-cam1"):
     found = Counter()
     for party, epoch, _ in world.stored():

@@ -6,21 +6,12 @@ import time
 
 import numpy as np
 import pytest
-from device_site import World, classifier
-from gateway_site import Site
 
 from edgepriv.cipher.cipher import FrameOpener
 from edgepriv.device.config import RunConfig, SealConfig
 from edgepriv.errors import EdgeprivError
 from edgepriv.wire import envelope
 from edgepriv.wire.epoch import read_epoch
-
-
-@pytest.fixture
-def world(tmp_path):
-    made = World(Site(tmp_path), classifier(tmp_path / "model"))
-    yield made
-    made.close()
 
 
 def spooled(world, **changes):

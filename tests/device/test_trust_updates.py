@@ -7,8 +7,8 @@ import hashlib
 import os
 
 import pytest
-from device_site import World, classifier, device_config
-from gateway_site import Broker, GatewayProcess, Site, wait_for
+from device_site import classifier, device_config
+from gateway_site import Broker, GatewayProcess, wait_for
 
 from edgepriv.device.config import RunConfig
 from edgepriv.device.start import assemble
@@ -16,18 +16,6 @@ from edgepriv.errors import TrustError
 from edgepriv.keys import Identity
 from edgepriv.trust_file import TrustFile
 from edgepriv.wire.trust import sign_trust
-
-
-@pytest.fixture
-def site(tmp_path):
-    return Site(tmp_path)
-
-
-@pytest.fixture
-def world(site, tmp_path):
-    made = World(site, classifier(tmp_path / "model"))
-    yield made
-    made.close()
 
 
 def own_copy(site):

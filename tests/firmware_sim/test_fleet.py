@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -145,25 +146,46 @@ def test_a_partition_ends_with_a_new_generation_and_a_vanished_device_stays_away
     assert not link.connected
 
 
+def _smoke(out):
+    return [sys.executable, "-m", "firmware_sim.cli", "run", "smoke", "--json", "--devices", "6", "--out", str(out)]
+
+
 @pytest.mark.system
 @pytest.mark.skipif(MOSQUITTO is None, reason="mosquitto is not installed")
 def test_the_smoke_scenario_runs_against_the_real_gateway(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "firmware_sim.cli",
-        "run",
-        "smoke",
-        "--json",
-        "--devices",
-        "6",
-        "--out",
-        str(tmp_path / "o"),
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
+    done = subprocess.run(_smoke(tmp_path / "o"), cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["schema"] == "edgepriv.sim/1"
     assert told["outputs"]["stored"] == told["outputs"]["accepted"] == 120
     assert [r["participants"] for r in told["rounds"]] == [6, 6]
     assert told["rounds"][-1]["accuracy"] > 0.25
+
+
+def _processes_of(folder):
+    """Command lines that name the folder: broker, gateway and workers all do."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if str(folder) in line:
+            found.append(line)
+    return found
+
+
+@pytest.mark.system
+@pytest.mark.skipif(MOSQUITTO is None, reason="mosquitto is not installed")
+def test_a_simulator_that_is_terminated_leaves_nothing_running(tmp_path):
+    out = tmp_path / "o"
+    running = subprocess.Popen(_smoke(out), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while len(_processes_of(out)) < 4:  # itself, broker, gateway, a worker
+        assert running.poll() is None, running.communicate()
+        assert time.monotonic() < deadline, _processes_of(out)
+        time.sleep(0.1)
+    running.terminate()
+    running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert _processes_of(out) == []

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgepriv import files
 from edgepriv.errors import DataError, RefusedError
 from edgepriv.federated.compression import compress, random_coordinates
 from edgepriv.federated.fixed_point import decode_sum, quantise, ring_of
@@ -131,7 +132,7 @@ def test_a_crash_before_the_rename_leaves_the_old_sum(tmp_path, monkeypatch):
     staged = [_stage(tmp_path, i, encode_update(u)) for i, u in enumerate(updates)]
     aggregate.fold(tmp_path, opened, staged[:1])
     with monkeypatch.context() as patch:
-        patch.setattr(aggregate, "rename", lambda *_: (_ for _ in ()).throw(OSError("power cut")))
+        patch.setattr(files, "rename", lambda *_: (_ for _ in ()).throw(OSError("power cut")))
         with pytest.raises(OSError, match="power cut"):
             aggregate.fold(tmp_path, opened, staged[1:])
     assert np.array_equal(_sum(tmp_path, opened), _expected(opened, updates[:1], [1]))

@@ -6,11 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from round_fleet import Fleet, fixed_trainer
+from round_fleet import Fleet, fixed_trainer, weighted_fleet, weighted_mean
 
-from edgepriv.federated.fixed_point import Ring, decode_sum, quantise
 from edgepriv.federated.participant import RoundPolicy
-from gateway.conductor import Conductor
 from gateway.parted import PartedRound, cohorts_of
 from gateway.round_events import Close, Finish, Finished
 from gateway.round_plan import RoundPlan
@@ -20,31 +18,12 @@ BASE = {"w": np.zeros(SIZE, np.float32)}
 
 
 def _fleet(folder, n, seed=0, **kwargs):
-    rng = np.random.default_rng(seed)
-    deltas = [rng.standard_normal(SIZE).astype(np.float32) for _ in range(n)]
-    trainers = [fixed_trainer({"w": d}, 1 + i % 4) for i, d in enumerate(deltas)]
-    return Fleet(folder, trainers, **kwargs), deltas
-
-
-def _expected(deltas, names):
-    ring = Ring(64, 10, 100.0, 4, 500)
-    total, weight = np.zeros(SIZE, np.uint64), 0
-    for name in names:
-        i = int(name.removeprefix("dev-"))
-        total += quantise(deltas[i], 1 + i % 4, ring)
-        weight += 1 + i % 4
-    return (decode_sum(total, ring).astype(np.float32).astype(np.float64) / weight).astype(np.float32)
+    return weighted_fleet(folder, n, SIZE, np.random.default_rng(seed), **kwargs)
 
 
 def _plan(fleet, **kwargs):
     options = {"privacy": "masked", "max_weight": 4, "min_cohort": 3, "max_cohort": 5, "quorum": 3, "deadline_s": 30}
     return fleet.plan(BASE, **{**options, **kwargs})
-
-
-def _restart(fleet):
-    fleet.conductor = Conductor(fleet.folder / "gateway", fleet.store, fleet.trust)
-    staged = {bytes.fromhex(p.name): p for p in fleet.folder.glob("?" * 64)}
-    fleet._gateway(fleet.conductor.resume(fleet.now, staged))
 
 
 def test_two_hundred_devices_are_cohorts_of_the_size_that_is_safe():
@@ -66,7 +45,7 @@ def test_the_sums_of_all_cohorts_are_one_exact_sum_and_one_record(tmp_path):
         ("1", "done", 4),
         ("2", "done", 4),
     ]
-    assert np.array_equal(fleet.weights(record)["w"], _expected(deltas, record.participants))
+    assert np.array_equal(fleet.weights(record)["w"], weighted_mean(deltas, record.participants))
     assert fleet.store.saved == {}
     fleet.turn()
     assert {p.counters["done"] for p in fleet.devices.values()} == {1}
@@ -84,7 +63,7 @@ def test_a_cohort_that_loses_too_many_devices_sits_out_and_the_others_count(tmp_
     assert [state for _, state, _, _ in record.parts] == ["out", "done", "done"]
     assert "survived" in record.parts[0][2]
     assert {name for name, _ in record.rejected} == set(lost)
-    assert np.array_equal(fleet.weights(record)["w"], _expected(deltas, record.participants))
+    assert np.array_equal(fleet.weights(record)["w"], weighted_mean(deltas, record.participants))
 
 
 def test_all_cohorts_at_once_give_the_same_sum(tmp_path):
@@ -92,7 +71,7 @@ def test_all_cohorts_at_once_give_the_same_sum(tmp_path):
     fleet.open(_plan(fleet, cohorts_at_once=3))
     assert len(fleet.conductor.cohorts) == 3
     record = fleet.run()
-    assert np.array_equal(fleet.weights(record)["w"], _expected(deltas, record.participants))
+    assert np.array_equal(fleet.weights(record)["w"], weighted_mean(deltas, record.participants))
 
 
 def test_too_few_devices_over_all_cohorts_abort_the_round_and_say_which_cohort_why(tmp_path):
@@ -165,13 +144,13 @@ def test_whatever_is_lost_and_whoever_is_killed_a_round_of_cohorts_ends_right(tm
         if rng.random() < 0.02:
             fleet.gone.add(f"dev-{rng.integers(9):03d}")
         if rng.random() < kill:
-            _restart(fleet)
+            fleet.restart()
     assert fleet.store.closed, "a round must end"
     record = fleet.store.closed[-1]
     if record.outcome == "aborted":
         assert record.reason
         return
-    assert np.array_equal(fleet.weights(record)["w"], _expected(deltas, record.participants))
+    assert np.array_equal(fleet.weights(record)["w"], weighted_mean(deltas, record.participants))
     assert {n for n, _ in record.rejected}.isdisjoint(record.participants)
 
 
@@ -233,4 +212,4 @@ def test_two_hundred_devices_of_which_a_tenth_vanishes_are_summed_exactly_in_fou
     assert record.outcome == "done", record.reason
     assert len(record.participants) == 180
     assert [state for _, state, _, _ in record.parts] == ["done"] * 4
-    assert np.array_equal(fleet.weights(record)["w"], _expected(deltas, record.participants))
+    assert np.array_equal(fleet.weights(record)["w"], weighted_mean(deltas, record.participants))

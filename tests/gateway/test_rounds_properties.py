@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from round_fleet import Fleet, fixed_trainer
+from round_fleet import weighted_fleet, weighted_mean
 
 from edgepriv.errors import ConfigError
 from edgepriv.federated.fixed_point import Ring, decode_sum, quantise
-from gateway.conductor import Conductor
 from gateway.round_events import Cancelled, Folded, Offered, Progressed, Stepped, Tick, UnmaskFailed, UploadComplete
 from gateway.round_plan import RoundPlan
 from gateway.rounds import ENDED, Round
@@ -23,18 +22,7 @@ SIZE = 24
 
 
 def _fleet(tmp_path, n, rng):
-    deltas = [rng.standard_normal(SIZE).astype(np.float32) for _ in range(n)]
-    return Fleet(tmp_path, [fixed_trainer({"w": d}, 1 + i % 4) for i, d in enumerate(deltas)]), deltas
-
-
-def _expected(deltas, names):
-    ring = Ring(64, 10, 100.0, 4, 200)
-    total, weight = np.zeros(SIZE, np.uint64), 0
-    for name in names:
-        i = int(name.removeprefix("dev-"))
-        total += quantise(deltas[i], 1 + i % 4, ring)
-        weight += 1 + i % 4
-    return (decode_sum(total, ring).astype(np.float32).astype(np.float64) / weight).astype(np.float32)
+    return weighted_fleet(tmp_path, n, SIZE, rng)
 
 
 def _check(fleet, record, deltas, quorum):
@@ -43,15 +31,8 @@ def _check(fleet, record, deltas, quorum):
         assert record.reason
         return
     assert len(record.participants) >= quorum
-    assert np.array_equal(fleet.weights(record)["w"], _expected(deltas, record.participants))
+    assert np.array_equal(fleet.weights(record)["w"], weighted_mean(deltas, record.participants))
     assert {n for n, _ in record.rejected}.isdisjoint(record.participants)
-
-
-def _restart(fleet):
-    """SIGKILL of the gateway: a new conductor over what is durable."""
-    fleet.conductor = Conductor(fleet.folder / "gateway", fleet.store, fleet.trust)
-    staged = {bytes.fromhex(p.name): p for p in fleet.folder.glob("?" * 64)}
-    fleet._gateway(fleet.conductor.resume(fleet.now, staged))
 
 
 @pytest.mark.parametrize("privacy", ["clear", "masked"])
@@ -78,7 +59,7 @@ def test_whatever_is_lost_and_whoever_is_killed_a_round_ends_right(tmp_path_fact
         if rng.random() < 0.02:
             fleet.gone.add(f"dev-{rng.integers(6):03d}")
         if rng.random() < kill:
-            _restart(fleet)
+            fleet.restart()
     _check(fleet, fleet.store.closed[-1] if fleet.store.closed else None, deltas, 3)
 
 
@@ -87,8 +68,8 @@ def test_uploads_in_staging_survive_a_restart_and_count_once(tmp_path):
     fleet.open(fleet.plan({"w": np.zeros(SIZE, np.float32)}, max_weight=4, quorum=4))
     fleet.turn()
     assert list(fleet.folder.glob("?" * 64))
-    _restart(fleet)
-    _restart(fleet)
+    fleet.restart()
+    fleet.restart()
     record = fleet.run()
     assert len(record.participants) == 4
     _check(fleet, record, deltas, 4)
@@ -122,7 +103,7 @@ def test_a_device_keeps_its_late_update_and_brings_it_to_the_next_round_beside_i
     first = fleet.run()
     assert first.participants == ("dev-000", "dev-001")
     if restart:
-        _restart(fleet)
+        fleet.restart()
     fleet.hold = set()
     for _ in range(30):  # nothing runs: the offer is neither taken nor refused
         fleet.turn()

@@ -249,8 +249,8 @@ def audit_round(
     limits: Limits | None = None,
     seed: int = 0,
     device: str = "cpu",
-) -> dict[str, Any]:
-    """Play one canary device (or a masked cohort of them) of this round and return the record to be stored with it.
+) -> tuple[dict[str, Any], UpdateAudit]:
+    """Play one canary device (or a masked cohort of them) of this round and audit what it sends.
 
     Args:
         model: the round's global model.
@@ -264,28 +264,10 @@ def audit_round(
         limits: for the verdict.
         seed: of noise and attack.
         device: a torch device.
+
+    Returns:
+        The record to be stored with the round, and the audit with its pictures.
     """
-    return play_round(
-        model, recipe, canaries, round_number=round_number, protection=protection, clients=clients, clip=clip,
-        attack=attack, limits=limits, seed=seed, device=device,
-    )[0]  # fmt: skip
-
-
-def play_round(
-    model: nn.Module,
-    recipe: LocalRecipe,
-    canaries: Canaries,
-    *,
-    round_number: int,
-    protection: Protection | None = None,
-    clients: int = 1,
-    clip: float | None = None,
-    attack: Attack | None = None,
-    limits: Limits | None = None,
-    seed: int = 0,
-    device: str = "cpu",
-) -> tuple[dict[str, Any], UpdateAudit]:
-    """Return what :func:`audit_round` does, and the audit with its pictures."""
     began = time.perf_counter()
     protection = protection or NoProtection()
     attack = replace(attack or Attack(iterations=60), seed=seed)

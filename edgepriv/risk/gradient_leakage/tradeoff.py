@@ -353,7 +353,7 @@ def _leak(world: World, setting: Setting, model: nn.Module, number: int, attack:
             model, setting.recipe, world.canaries.take(slice(first, first + cohort * size)), round_number=number,
             protection=ClippedNoise(setting.clip, share, shares), clients=cohort, clip=setting.clip,
             attack=attack, seed=index, device=world.device,
-        )
+        )[0]
         for index, first in enumerate(range(0, (1 if setting.masked else world.devices) * size, size))
     ]  # fmt: skip
     kept = {key: [record["attack"][key] for record in records] for key in ("psnr_db", "ssim", "iip", "rdlv")}

@@ -37,11 +37,11 @@ def trained(digits):
 
 def test_a_round_without_protection_leaks_and_clipped_noise_contains_it(digits, canaries):
     model, recipe = digits.network(0), LocalRecipe(batch_size=4)
-    unprotected = audit.audit_round(model, recipe, canaries, round_number=1)
+    unprotected, _ = audit.audit_round(model, recipe, canaries, round_number=1)
     assert unprotected["verdict"] == "leaks"
     assert unprotected["attack"]["psnr_db"] >= 25
     protection = protections.ClippedNoise(1.0, 0.05)
-    contained = audit.audit_round(model, recipe, canaries, round_number=1, protection=protection)
+    contained, _ = audit.audit_round(model, recipe, canaries, round_number=1, protection=protection)
     assert contained["verdict"] == "contained"
     assert contained["attack"]["iip"] == 0
     assert contained["bound_psnr_db"] - contained["bound_floor_db"] < 1
@@ -54,8 +54,8 @@ def test_a_round_without_protection_leaks_and_clipped_noise_contains_it(digits, 
 
 def test_keeping_statistics_at_home_lowers_attack_and_bound_on_one_image(digits, canaries):
     model, recipe, one = digits.network(0), LocalRecipe(), canaries.take(slice(0, 1))
-    shared = audit.audit_round(model, recipe, one, round_number=1)
-    home = audit.audit_round(model, recipe, one, round_number=1, protection=protections.WithoutStatistics())
+    shared, _ = audit.audit_round(model, recipe, one, round_number=1)
+    home, _ = audit.audit_round(model, recipe, one, round_number=1, protection=protections.WithoutStatistics())
     assert shared["attack"]["psnr_db"] - home["attack"]["psnr_db"] >= 10
     assert shared["bound_psnr_db"] - home["bound_psnr_db"] >= 10
 
@@ -63,7 +63,7 @@ def test_keeping_statistics_at_home_lowers_attack_and_bound_on_one_image(digits,
 def test_clipped_statistics_do_not_hide_an_update_from_an_attacker_who_ignores_them(digits, canaries):
     model, recipe = digits.network(0), LocalRecipe(batch_size=4)
     clipped = protections.ClippedNoise(0.05, 0.0, shares_statistics=True)
-    assert audit.audit_round(model, recipe, canaries, round_number=1, protection=clipped)["verdict"] == "leaks"
+    assert audit.audit_round(model, recipe, canaries, round_number=1, protection=clipped)[0]["verdict"] == "leaks"
 
 
 def test_a_masked_sum_shows_less_than_one_device(digits, canaries):
@@ -81,13 +81,15 @@ def test_a_masked_sum_shows_less_than_one_device(digits, canaries):
 
 def test_a_head_only_update_of_one_image_is_inverted_through_the_backbone(trained, canaries):
     one = canaries.take(slice(0, 1))
-    record = audit.audit_round(trained, head_recipe(batch_size=1), one, round_number=3, attack=Attack(iterations=150))
+    record, _ = audit.audit_round(
+        trained, head_recipe(batch_size=1), one, round_number=3, attack=Attack(iterations=150)
+    )
     assert record["verdict"] == "leaks"
     assert record["attack"]["psnr_db"] >= 30
 
 
 def test_several_images_in_a_head_only_update_hide_each_other(trained, canaries):
-    record = audit.audit_round(trained, head_recipe(), canaries, round_number=3)
+    record, _ = audit.audit_round(trained, head_recipe(), canaries, round_number=3)
     assert record["attack"]["mean_mse_psnr_db"] <= 20
 
 

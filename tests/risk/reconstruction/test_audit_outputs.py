@@ -10,6 +10,7 @@ from onnx import TensorProto, helper
 from onnx_graphs import flat_model, value, write
 
 from edgepriv.cli.audit_outputs import outputs as command
+from edgepriv.device.release import parse_policy
 from edgepriv.errors import ConfigError, DataError, MissingFileError, RefusedError, RiskThresholdError
 from edgepriv.risk.reconstruction.audit import AuditRequest, audit_outputs
 from edgepriv.risk.reconstruction.auditors import RidgeDecoder
@@ -19,32 +20,13 @@ from edgepriv.risk.reconstruction.supplied_model import OpeningLimits, SuppliedM
 from edgepriv.risk.report import audit_html
 
 FAST = AuditSettings(trained=None)
-
-
-class Raw:
-    name = "unsafe_raw_logits"
-
-    def bits(self, k):
-        return 32.0 * k
-
-    def apply(self, logits):
-        return logits.astype(np.float64)
-
-
-class Winner:
-    name = "argmax"
-
-    def bits(self, k):
-        return float(np.log2(k))
-
-    def apply(self, logits):
-        return np.eye(logits.shape[1])[logits.argmax(1)]
+RAW, ARGMAX = parse_policy("unsafe_raw_logits"), parse_policy("argmax")
 
 
 def audit(path, probes, *, references=3, policies=None, settings=FAST):
     request = AuditRequest(settings=settings, references=references)
     return audit_outputs(
-        SuppliedModel.find(path), probes[0], policies or (Winner(), Raw()), request, reference_data=probes[1]
+        SuppliedModel.find(path), probes[0], policies or (ARGMAX, RAW), request, reference_data=probes[1]
     )
 
 
@@ -64,9 +46,7 @@ def test_without_references_the_cause_stays_unknown(digit_models, digits_probes)
     found = audit(folder / "vicious.onnx", digits_probes, references=0)
     assert found.verdict.word == "high leakage"
     assert "cause unknown" in found.verdict.reason
-    assert (
-        audit(folder / "vicious.onnx", digits_probes, references=0, policies=(Winner(),)).verdict.word == "low leakage"
-    )
+    assert audit(folder / "vicious.onnx", digits_probes, references=0, policies=(ARGMAX,)).verdict.word == "low leakage"
 
 
 def test_pictures_without_labels_are_audited_and_the_report_says_what_is_unknown(digit_models, digits_probes):
@@ -117,7 +97,7 @@ def test_the_command_prints_one_json_document_and_gates_a_build(digit_models, tm
 
 def test_nineteen_references_give_a_p_value(digit_models, digits_probes):
     folder, _ = digit_models
-    found = audit(folder / "vicious.onnx", digits_probes, references=19, policies=(Winner(),))
+    found = audit(folder / "vicious.onnx", digits_probes, references=19, policies=(ARGMAX,))
     assert found.verdict.p_value == pytest.approx(1 / 20)
 
 

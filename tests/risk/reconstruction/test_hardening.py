@@ -13,6 +13,7 @@ from edgepriv.cli.harden import harden as command
 from edgepriv.datasets import load
 from edgepriv.device.indicator import OutputIndicator
 from edgepriv.device.purify import OutputPurifier
+from edgepriv.device.release import parse_policy
 from edgepriv.errors import DataError
 from edgepriv.risk.reconstruction.audit import AuditRequest
 from edgepriv.risk.reconstruction.defences import Purifier, retrain_last_layer
@@ -24,15 +25,7 @@ from edgepriv.risk.reconstruction.onnx_writer import write_imported
 from edgepriv.risk.reconstruction.supplied_model import SuppliedModel
 from edgepriv.risk.reconstruction.vicious import TrainingSet
 
-
-class Raw:
-    name = "unsafe_raw_logits"
-
-    def bits(self, k):
-        return 32.0 * k
-
-    def apply(self, logits):
-        return logits.astype(np.float64)
+RAW = parse_policy("unsafe_raw_logits")
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +130,7 @@ def test_a_matrix_product_with_an_added_bias_is_found_whatever_the_order_of_the_
 def test_what_cannot_be_made_is_said(tmp_path, digits_probes, digit_models):
     path = flat_model(tmp_path / "m.onnx", tail=[helper.make_node("Erf", ["y"], ["e"])])
     request = AuditRequest(AuditSettings(trained=None), references=0)
-    found = harden(SuppliedModel.find(path), *digits_probes, [Raw()], request)
+    found = harden(SuppliedModel.find(path), *digits_probes, [RAW], request)
     assert found.retrained is None
     assert not found.indicator
     assert any("no last layer" in note for note in found.notes)
@@ -146,7 +139,7 @@ def test_what_cannot_be_made_is_said(tmp_path, digits_probes, digit_models):
         import_graph(SuppliedModel.find(pooled(tmp_path / "p.onnx")), load("digits").images[:4]).last_parameters()
     unlabelled = Probe("digits", digits_probes[0].images, None)
     with pytest.raises(DataError, match="labelled"):
-        harden(SuppliedModel.find(digit_models[0] / "honest.onnx"), unlabelled, None, [Raw()], request)
+        harden(SuppliedModel.find(digit_models[0] / "honest.onnx"), unlabelled, None, [RAW], request)
 
 
 def pooled(path):

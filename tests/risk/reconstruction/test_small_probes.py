@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from edgepriv.datasets import load
+from edgepriv.device.release import parse_policy
 from edgepriv.errors import DataError
 from edgepriv.risk.reconstruction.audit import AuditRequest, audit_outputs
 from edgepriv.risk.reconstruction.detectors import DetectorSettings, Evidence, evidence, outputs_of, pictures_of
@@ -56,18 +57,11 @@ def test_with_enough_pictures_the_vicious_model_is_still_accused(digit_models):
 def test_two_references_accuse_nobody(digit_models, digits_probes):
     folder, _ = digit_models
 
-    class Winner:
-        name = "argmax"
-
-        def bits(self, k):
-            return float(np.log2(k))
-
-        def apply(self, logits):
-            return np.eye(logits.shape[1])[logits.argmax(1)]
-
     request = AuditRequest(settings=AuditSettings(trained=None), references=2)
     model = SuppliedModel.find(folder / "vicious.onnx")
-    found = audit_outputs(model, digits_probes[0], [Winner()], request, reference_data=digits_probes[1]).verdict
+    found = audit_outputs(
+        model, digits_probes[0], [parse_policy("argmax")], request, reference_data=digits_probes[1]
+    ).verdict
     assert found.word == "high leakage"
     assert "2 honest models are too few" in found.reason
 
