@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from vicious_files import verdicts_of_files
 from vicious_models import (
     SIDE,
     Work,
@@ -222,7 +223,11 @@ def detection(args):
         score = SHIPPED.score(difference)
         flagged = score > SHIPPED.threshold and score > max(limits) and model["margin"] > 0
         rows.append(
-            {**{k: v for k, v in model.items() if k not in {"logits", "features"}}, "score": score, "flagged": flagged}
+            {
+                **{k: v for k, v in model.items() if k not in {"logits", "features", "file"}},
+                "score": score,
+                "flagged": flagged,
+            }
         )
     honest = [r for r in rows if r["stratum"].startswith("honest")]
     worked = [r for r in rows if r.get("succeeded")]
@@ -252,6 +257,11 @@ def detection(args):
         "threshold": SHIPPED.threshold,
         "models": rows,
     }
+
+
+def files(args):
+    """The verdict of the command on files, some of each stratum."""
+    return verdicts_of_files(judged_models(args)[1], work_of(args))
 
 
 def indicator(args):
@@ -391,6 +401,7 @@ def small_probes(_args):
 
 PARTS = {
     "detection": detection,
+    "files": files,
     "policies": policies,
     "indicator": indicator,
     "defences": defences,

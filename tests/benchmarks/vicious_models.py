@@ -34,6 +34,7 @@ from edgepriv.risk.reconstruction.detectors import (
 )
 from edgepriv.risk.reconstruction.leakage import AuditSettings, Bench, Probe, shrink
 from edgepriv.risk.reconstruction.networks import classifier
+from edgepriv.risk.reconstruction.onnx_writer import write_onnx
 from edgepriv.risk.reconstruction.references import named, train_references
 from edgepriv.risk.reconstruction.verdict import least_margin
 from edgepriv.risk.reconstruction.vicious import Recipe, TrainingSet, train
@@ -155,8 +156,10 @@ def measured(entry: Entry, part: str, data: Data, found: dict[str, list[Evidence
     logits = outputs_of(network, x)
     architecture = REFERENCE_ARCHITECTURES.get(entry.recipe.architecture, entry.recipe.architecture)
     seen = evidence(bench, logits, network, DETECTOR)
+    write_onnx(network, data.parts[part].shape, data.parts[part].outputs, file_of(entry, part, cache))
     result = {
         "stratum": entry.stratum,
+        "file": file_of(entry, part, cache).name,
         "attack": attack_words(entry),
         "architecture": architecture,
         "accuracy": accuracy_of(pair, bench, bench.labels),
@@ -175,6 +178,11 @@ def measured(entry: Entry, part: str, data: Data, found: dict[str, list[Evidence
             "succeeded": succeeded(own, twin["twin_best_explained_variance"]),
         }
     return result
+
+
+def file_of(entry: Entry, part: str, cache: Path) -> Path:
+    """The model as a file, for the audit of files."""
+    return cache / f"{part}-{entry.key}.onnx".replace(" ", "-")
 
 
 def twin_of(recipe: Recipe, training: TrainingSet, bench: Bench, cache: Path) -> dict:
@@ -265,7 +273,7 @@ def references(work: Work, count: int = 5, part: str = "references") -> dict[str
 
 def _references_of(work: Work, name: str, count: int, part: str) -> list[dict]:
     def trained() -> list[dict]:
-        data, architecture = _opened(work.folder), named(name, (SIDE, SIDE, 1), 10)
+        data, architecture = opened(work.folder), named(name, (SIDE, SIDE, 1), 10)
         found = train_references(architecture, data.parts[part], data.bench, count, settings=DETECTOR)
         return [as_values(one) for one in found]
 
@@ -283,7 +291,7 @@ def measure_set(entries: list[Entry], part: str, work: Work, found: dict[str, li
 
 
 def _twin(honest: Recipe, part: str, work: Work) -> None:
-    data = _opened(work.folder)
+    data = opened(work.folder)
     twin_of(honest, data.parts[part], data.bench, work.cache)
 
 
@@ -291,11 +299,11 @@ def _measured(entry: Entry, part: str, work: Work, found: dict[str, list[Evidenc
     started = time.monotonic()
     against = zlib.crc32(json.dumps(SHIPPED.weights, sort_keys=True).encode())
     name = f"{part}-{entry.key}" + (f"-{against:08x}" if entry.adapted else "")
-    result = cached(work.cache / f"{name}.json", lambda: measured(entry, part, _opened(work.folder), found, work.cache))
+    result = cached(work.cache / f"{name}.json", lambda: measured(entry, part, opened(work.folder), found, work.cache))
     print(f"{part} {entry.key} {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
     return result
 
 
 @lru_cache(maxsize=1)
-def _opened(folder: Path) -> Data:
+def opened(folder: Path) -> Data:
     return open_data(folder)

@@ -77,6 +77,7 @@ def as_tables(result: dict) -> str:
     forms = {
         "table": lambda rows: markdown(rows, TABLE_COLUMNS),
         "detection": detection_table,
+        "files": lambda rows: markdown(rows, tuple(rows[0])),
         "policies": lambda rows: markdown(rows, POLICY_COLUMNS),
         "indicator": indicator_table,
         "defences": lambda rows: markdown(rows, DEFENCE_COLUMNS),
