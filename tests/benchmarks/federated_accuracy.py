@@ -104,14 +104,23 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(8, 5))
-    for row in rows:
-        if row["accuracy"] is not None:
-            label = f"{row['run']} (epsilon {row['epsilon']})" if row["epsilon"] else str(row["run"])
-            axis.plot(range(1, len(row["curve"]) + 1), row["curve"], label=label)
-    axis.set(xlabel="round", ylabel="accuracy on 10,000 held-out digits", ylim=(0, 1))
+    figure, axis = plt.subplots(figsize=(11, 5.5))
+    colours = plt.get_cmap("tab20").colors
+    shown = [row for row in rows if row["accuracy"] is not None]
+    for colour, row in zip(colours, sorted(shown, key=lambda row: -row["accuracy"]), strict=False):
+        label = f"{row['run']} (epsilon {row['epsilon']})" if row["epsilon"] else str(row["run"])
+        dash = "--" if "flip" in label or "scaling" in label else "-"  # dashed: with attackers
+        label = f"{row['accuracy']:.3f} {label}"
+        axis.plot(range(1, len(row["curve"]) + 1), row["curve"], dash, color=colour, label=label)
+    axis.set(
+        xlabel="round",
+        ylabel="accuracy on 10,000 held-out digits",
+        ylim=(0, 1),
+        xticks=range(0, len(shown[0]["curve"]) + 1, 5),
+    )
+    axis.set_title("dashed: 20 % of the devices attack")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
