@@ -15,11 +15,23 @@ import torch
 
 from edgepriv.errors import ConfigError, DataError
 from edgepriv.risk.reconstruction.detectors import DetectorSettings, Evidence, evidence
+from edgepriv.risk.reconstruction.graph_roles import UnsupportedGraphError
 from edgepriv.risk.reconstruction.indicator_fit import fit_indicator
 from edgepriv.risk.reconstruction.leakage import AuditSettings, Bench, Probe
 from edgepriv.risk.reconstruction.networks import classifier
-from edgepriv.risk.reconstruction.onnx_reader import UnsupportedGraphError, import_graph
-from edgepriv.risk.reconstruction.references import Architecture, imported, named, stand_ins, train_references
+from edgepriv.risk.reconstruction.onnx_reader import GRAPH_FAILURES, import_graph
+from edgepriv.risk.reconstruction.references import (
+    Architecture,
+    UntrainableError,
+    check_imported,
+    check_trained,
+    imported,
+    named,
+    stand_ins,
+    times_shown,
+    train_references,
+)
+from edgepriv.risk.reconstruction.supplied_model import WITHOUT_NETWORK
 from edgepriv.risk.reconstruction.verdict import DEFAULT_MAX_EXPLAINED_VARIANCE, judge, least_margin, too_weak_to_accuse
 from edgepriv.risk.reconstruction.vicious import TrainingSet
 
@@ -94,6 +106,8 @@ class AuditRequest:
         architecture: name from :mod:`networks`, or None to read it from the file.
         weights: safetensors file that belongs to the named architecture: its outputs must be the file's.
         limit: explained variance above which leakage is called high.
+        reference_work_s: processor time that references of the file's own architecture may take, by an estimate; above
+            it the small stand-ins are trained.
     """
 
     settings: AuditSettings = field(default_factory=AuditSettings)
@@ -102,6 +116,7 @@ class AuditRequest:
     architecture: str | None = None
     weights: Path | None = None
     limit: float = DEFAULT_MAX_EXPLAINED_VARIANCE
+    reference_work_s: float = 24 * 3600.0
 
 
 def audit_outputs(
@@ -137,6 +152,8 @@ def audit_outputs(
     outputs = model.outputs(bench.images)
     bench.check_outputs(outputs)
     notes = list(bench.notes)
+    if model.isolation != WITHOUT_NETWORK:
+        notes.append(model.isolation)
     leakages = _leakages(bench, outputs, pipelines, say)
     if looks_like_probabilities(outputs):
         notes.append("the model ends in a softmax of its own: policies see these scores as logits")
@@ -144,6 +161,7 @@ def audit_outputs(
     verdict = _judged(found, references, leakages, architecture, request)
     name = architecture.name if architecture else "not compared"
     record = bench.scale.record.as_dict() | {"pictures": len(bench.images), "limit": request.limit}
+    record["isolation"] = model.isolation
     duration = time.monotonic() - started
     counts = np.bincount(outputs.argmax(1), minlength=outputs.shape[1])
     return OutputAudit(
@@ -227,15 +245,39 @@ def _compare(
     if reference_data is None or reference_data.labels is None or request.references < 1:
         notes.append("no reference models were trained: the cause of a leak stays unknown")
         return None, [], None
-    network, architecture = _open_architecture(model, bench, outputs, request, notes)
     settings = DetectorSettings(trained=request.settings.trained)
     data = TrainingSet.of(
         reference_data.images[: request.reference_images],
         reference_data.labels[: request.reference_images],
         classes=outputs.shape[1],
     )
-    references = _references(architecture, data, bench, request, settings, say)
+    network, architecture, references = _trained(model, bench, outputs, data, request, settings, notes, say)
     return evidence(bench, outputs, network, settings), references, architecture
+
+
+def _trained(
+    model: SuppliedModel,
+    bench: Bench,
+    outputs: NDArray[np.float32],
+    data: TrainingSet,
+    request: AuditRequest,
+    settings: DetectorSettings,
+    notes: list[str],
+    say: Callable[[str], None],
+) -> tuple[nn.Module | None, Architecture, list[Evidence]]:
+    """Train references of the model's own architecture; of others where it is unknown, or can be no honest pattern."""
+    network, architecture = _open_architecture(model, bench, outputs, request, len(data.pictures), notes)
+    if request.architecture is not None or network is None:
+        return network, architecture, _references(architecture, data, bench, request, settings, say)
+    try:
+        references = _references(architecture, data, bench, request, settings, say)
+        check_trained(references, outputs, bench.groups(outputs))
+    except (UntrainableError, *GRAPH_FAILURES) as error:
+        notes.append(f"{error}; references of other architectures stand in")
+        say(notes[-1])
+        others = stand_ins(data.shape, outputs.shape[1])
+        return None, others, _references(others, data, bench, request, settings, say)
+    return network, architecture, references
 
 
 def _references(
@@ -267,12 +309,16 @@ def reference_models(
     say: Callable[[str], None],
 ) -> list[Evidence]:
     """Train honest references of a model's architecture, as an audit does, without judging the model."""
-    _, architecture = _open_architecture(model, bench, outputs, request, notes)
-    return _references(architecture, data, bench, request, DetectorSettings(trained=None), say)
+    return _trained(model, bench, outputs, data, request, DetectorSettings(trained=None), notes, say)[2]
 
 
 def _open_architecture(
-    model: SuppliedModel, bench: Bench, outputs: NDArray[np.float32], request: AuditRequest, notes: list[str]
+    model: SuppliedModel,
+    bench: Bench,
+    outputs: NDArray[np.float32],
+    request: AuditRequest,
+    pictures: int,
+    notes: list[str],
 ) -> tuple[nn.Module | None, Architecture]:
     shape = (int(bench.images.shape[1]), int(bench.images.shape[2]), int(bench.images.shape[3]))
     if request.architecture is not None:
@@ -282,7 +328,15 @@ def _open_architecture(
         return network, named(request.architecture, shape, outputs.shape[1])
     try:
         graph = import_graph(model, bench.images[:32])
-    except UnsupportedGraphError as error:
+        check_imported(
+            graph,
+            bench,
+            outputs,
+            memory_bytes=model.limits.memory_bytes,
+            work_s=request.reference_work_s,
+            pictures=times_shown(request.references, pictures),
+        )
+    except (UnsupportedGraphError, UntrainableError, *GRAPH_FAILURES) as error:
         notes.append(f"black box only: {error}; references of other architectures stand in")
         return None, stand_ins(shape, outputs.shape[1])
     return graph, imported(graph)

@@ -14,9 +14,10 @@ from edgepriv.errors import DataError
 from edgepriv.risk.reconstruction.audit import reference_models
 from edgepriv.risk.reconstruction.defences import Purifier, retrain_last_layer
 from edgepriv.risk.reconstruction.detectors import outputs_of, pictures_of
+from edgepriv.risk.reconstruction.graph_roles import UnsupportedGraphError
 from edgepriv.risk.reconstruction.indicator_fit import fit_indicator, windows_flagged
 from edgepriv.risk.reconstruction.leakage import Bench
-from edgepriv.risk.reconstruction.onnx_reader import UnsupportedGraphError, import_graph
+from edgepriv.risk.reconstruction.onnx_reader import GRAPH_FAILURES, import_graph
 from edgepriv.risk.reconstruction.vicious import TrainingSet
 
 if TYPE_CHECKING:
@@ -173,14 +174,12 @@ def _last_layer(
     table: _Table,
     notes: list[str],
 ) -> ImportedNetwork | None:
-    scale = 1.0 if model.scale is None else model.scale * 255
     try:
-        network = import_graph(model, bench.images[:32])
-        retrained = retrain_last_layer(network, TrainingSet(data.pictures * scale, data.targets, data.outputs))
-    except UnsupportedGraphError as error:
+        retrained = retrain_last_layer(import_graph(model, bench.images[:32]), data)
+        outputs = outputs_of(retrained, pictures_of(bench.images))
+    except (UnsupportedGraphError, *GRAPH_FAILURES) as error:
         notes.append(f"no last layer was trained anew: {error}")
         return None
-    outputs = outputs_of(retrained, pictures_of(bench.images) * scale)
     for pipeline in pipelines:
         table.add("last layer anew", outputs, pipeline)
     return retrained

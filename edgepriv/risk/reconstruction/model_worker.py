@@ -1,24 +1,25 @@
 """The child process in which a supplier's ONNX file is opened: limits first, then parse, check, run.
 
-Run as ``python -m edgepriv.risk.reconstruction.model_worker REQUEST.json``. It holds no key, its environment is
-empty, it may use a stated amount of memory and processor time, and it tries to leave the network name space.
-It answers in files (``reply.json``, ``outputs.npy``, ``weights.npz``) and never unpickles.
+Started by ``python -m edgepriv.risk.reconstruction.isolation REQUEST.json``, which takes the network away before
+anything here is loaded. It holds no key and no environment, it may use a stated amount of memory and processor time.
+It answers in files (``reply.json``, ``outputs.npy``, ``weights.npz``) and never pickles or unpickles.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
 import resource
-import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
 ALLOWED_DOMAINS = frozenset({"", "ai.onnx"})
-CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
+MAX_OUTPUTS = 4096  # a choice of the supplier's: what is fitted on them grows with its square
 
 
 class UnusableModelError(Exception):
@@ -26,14 +27,10 @@ class UnusableModelError(Exception):
 
 
 def restrict(memory_bytes: int, cpu_s: int) -> None:
-    """Give up memory, time, core dumps and, where the kernel allows it, the network."""
+    """Give up memory, time and core dumps."""
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s + 5))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    try:
-        ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWUSER | CLONE_NEWNET)
-    except (OSError, AttributeError):
-        return
 
 
 def check_graph(path: Path) -> Any:
@@ -55,10 +52,28 @@ def check_graph(path: Path) -> Any:
     if foreign or model.functions:
         raise UnusableModelError(f"it uses operators outside the ONNX standard: {foreign or 'local functions'}")
     for tensor in model.graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                check_location(entry.value, path)
+        if is_external(tensor):
+            check_location({entry.key: entry.value for entry in tensor.external_data}.get("location", ""), path)
+    if any(is_external(tensor) for tensor in inner_tensors(model.graph)):
+        raise UnusableModelError("it has external data in an attribute; only its weights may lie beside the file")
     return model
+
+
+def is_external(tensor: Any) -> bool:
+    """True where a tensor's bytes lie in another file, by either of the two fields that say so."""
+    return bool(tensor.external_data) or tensor.data_location == type(tensor).EXTERNAL
+
+
+def inner_tensors(message: Any, *, top: bool = True) -> Iterator[Any]:
+    """Yield every tensor inside a graph but its own dense initializers: attributes, subgraphs, sparse weights."""
+    for field, content in message.ListFields():
+        if field.message_type is None or (top and field.name == "initializer"):
+            continue
+        for item in [content] if hasattr(content, "ListFields") else content:
+            if item.DESCRIPTOR.name == "TensorProto":
+                yield item
+            else:
+                yield from inner_tensors(item, top=False)
 
 
 def check_location(location: str, path: Path) -> None:
@@ -162,22 +177,25 @@ def as_scores(values: Any, n: int) -> Any:
     if values.ndim == 0 or len(values) != n:
         raise UnusableModelError(f"for {n} pictures it gave an output of shape {values.shape}: no batch axis")
     flat = values.reshape(n, -1).astype(np.float32)
-    if flat.shape[1] < 2 or flat.shape[1] > 100_000:
-        raise UnusableModelError(f"it gives {flat.shape[1]} numbers a picture; an audit takes 2 to 100,000")
+    if not 2 <= flat.shape[1] <= MAX_OUTPUTS:
+        raise UnusableModelError(f"it gives {flat.shape[1]} numbers a picture; an audit takes 2 to {MAX_OUTPUTS:,}")
     if not np.isfinite(flat).all():
         raise UnusableModelError("it gives NaN or infinite outputs on these pictures")
     return flat
 
 
 def extract(model: Any, path: Path, folder: Path) -> dict[str, Any]:
-    """Write the graph's weights to ``weights.npz`` and return its nodes as plain values."""
+    """Write the graph's constants to ``weights.npz`` and return its nodes as plain values.
+
+    Constants are initializers and the outputs of ``Constant`` nodes; those that hold no numbers are left out, so that
+    nothing is ever pickled and the importer does not find them.
+    """
     import onnx
-    from onnx import numpy_helper
 
     onnx.load_external_data_for_model(model, str(path.parent))
-    weights = {f"w{i}": numpy_helper.to_array(tensor) for i, tensor in enumerate(model.graph.initializer)}
-    np.savez(folder / "weights.npz", **weights)
-    constants = {tensor.name: f"w{i}" for i, tensor in enumerate(model.graph.initializer)}
+    arrays = dict(constant_arrays(model))
+    names = list(arrays)
+    np.savez(folder / "weights.npz", **{f"w{i}": arrays[name] for i, name in enumerate(names)})
     nodes = [
         {
             "op": node.op_type,
@@ -186,13 +204,15 @@ def extract(model: Any, path: Path, folder: Path) -> dict[str, Any]:
             "attributes": {a.name: plain(onnx.helper.get_attribute_value(a)) for a in node.attribute},
         }
         for node in model.graph.node
+        if node.op_type != "Constant"
     ]
-    free = [value for value in model.graph.input if value.name not in constants]
+    own = {tensor.name for tensor in model.graph.initializer}
+    free = [value for value in model.graph.input if value.name not in own]
     kind = free[0].type.tensor_type if free else None
     shape = [d.dim_value if d.HasField("dim_value") else "dynamic" for d in kind.shape.dim] if kind else []
     return {
         "nodes": nodes,
-        "constants": constants,
+        "constants": {name: f"w{i}" for i, name in enumerate(names)},
         "inputs": [value.name for value in free],
         "input_shape": shape,
         "input_type": "float" if kind and kind.elem_type == onnx.TensorProto.FLOAT else "other",
@@ -201,19 +221,42 @@ def extract(model: Any, path: Path, folder: Path) -> dict[str, Any]:
     }
 
 
-def plain(value: Any) -> Any:
-    """Return an attribute as a JSON value; tensors become nested lists, subgraphs a refusal."""
-    from onnx import GraphProto, TensorProto, numpy_helper
+def constant_arrays(model: Any) -> Iterator[tuple[str, Any]]:
+    """Yield (name, array) for every constant of the graph that holds numbers."""
+    from onnx import TensorProto, numpy_helper
 
+    values = [(tensor.name, tensor) for tensor in model.graph.initializer]
+    constants = [node for node in model.graph.node if node.op_type == "Constant" and len(node.attribute) == 1]
+    values += [(node.output[0], attribute_number(node.attribute[0])) for node in constants]
+    for name, value in values:
+        if isinstance(value, TensorProto) and value.data_type == TensorProto.STRING:
+            continue
+        array = numpy_helper.to_array(value) if isinstance(value, TensorProto) else value
+        if array is not None and array.dtype.kind in "biuf" and array.dtype.isbuiltin:
+            yield name, np.asarray(array)
+
+
+def attribute_number(attribute: Any) -> Any:
+    """Return what a ``Constant`` node's one attribute holds as tensor or array; None where it is no number."""
+    forms: dict[str, Callable[[], Any]] = {
+        "value": lambda: attribute.t,
+        "value_float": lambda: np.float32(attribute.f),
+        "value_floats": lambda: np.array(attribute.floats, np.float32),
+        "value_int": lambda: np.int64(attribute.i),
+        "value_ints": lambda: np.array(attribute.ints, np.int64),
+    }
+    return forms[attribute.name]() if attribute.name in forms else None
+
+
+def plain(value: Any) -> Any:
+    """Return an attribute as a JSON value; of tensors and subgraphs only that they are there."""
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
-    if isinstance(value, TensorProto):
-        return {"tensor": numpy_helper.to_array(value).tolist(), "dtype": str(numpy_helper.to_array(value).dtype)}
-    if isinstance(value, GraphProto):
-        return {"subgraph": True}
     if isinstance(value, str | int | float):
         return value
-    return [item.decode("utf-8", "replace") if isinstance(item, bytes) else item for item in value]
+    if not isinstance(value, Iterable):
+        return {"unread": type(value).__name__}  # a tensor, a subgraph: no operator that the importer reads has one
+    return [plain(item) for item in value]
 
 
 def serve(request_path: Path) -> dict[str, Any]:
@@ -236,9 +279,3 @@ def serve(request_path: Path) -> dict[str, Any]:
         return {"error": "it needs more memory than the limit for suppliers' models"}
     except Exception as error:
         return {"error": f"it fails while running: {type(error).__name__}: {str(error)[:200]}"}
-
-
-if __name__ == "__main__":
-    os.environ.clear()
-    location = Path(sys.argv[1])
-    (location.parent / "reply.json").write_text(json.dumps(serve(location)))

@@ -16,6 +16,17 @@ from torch import nn
 from torch.nn import functional
 
 from edgepriv.errors import DataError
+from edgepriv.risk.reconstruction.graph_roles import (
+    CHAINS,
+    MEAN,
+    ONE,
+    TRAINED,
+    VARIANCE,
+    WEIGHT,
+    ZERO,
+    UnsupportedGraphError,
+    read_roles,
+)
 from edgepriv.risk.reconstruction.model_worker import UnusableModelError, input_layout
 
 if TYPE_CHECKING:
@@ -28,8 +39,8 @@ if TYPE_CHECKING:
 AGREEMENT = 1e-3
 
 
-class UnsupportedGraphError(DataError):
-    """The graph uses something this importer does not read; a black-box audit still works."""
+# what a graph that this reader misjudged can raise: a black-box audit is the answer to each
+GRAPH_FAILURES = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 
 
 def _pair(attributes: dict[str, Any], key: str, default: int) -> list[int]:
@@ -99,7 +110,7 @@ SUPPORTED: dict[str, Callable[[list[torch.Tensor], dict[str, Any]], torch.Tensor
     "Reshape": _reshape,
     "Transpose": lambda i, a: i[0].permute([int(v) for v in a["perm"]]),
     "Concat": lambda i, a: torch.cat(i, int(a["axis"])),
-    "GlobalAveragePool": lambda i, _: i[0].mean(dim=(2, 3), keepdim=True),
+    "GlobalAveragePool": lambda i, _: i[0].mean(dim=list(range(2, i[0].ndim)), keepdim=True),
     "AveragePool": _average_pool,
     "MaxPool": _max_pool,
     "ReduceMean": _mean,
@@ -108,7 +119,9 @@ SUPPORTED: dict[str, Callable[[list[torch.Tensor], dict[str, Any]], torch.Tensor
     "Softmax": lambda i, a: torch.softmax(i[0], int(a.get("axis", -1))),
     "LogSoftmax": lambda i, a: torch.log_softmax(i[0], int(a.get("axis", -1))),
 }
-TRAINABLE_INPUTS = {"Conv": (1, 2), "Gemm": (1, 2), "MatMul": (1,), "BatchNormalization": (1, 2)}
+
+
+START = {ZERO: 0.0, ONE: 1.0, MEAN: 0.0, VARIANCE: 1.0}
 
 
 class ImportedNetwork(nn.Module):
@@ -117,9 +130,13 @@ class ImportedNetwork(nn.Module):
     Args:
         graph: nodes, inputs and outputs as the child process gave them.
         weights: arrays by initializer name.
+        factor: from pixels in [0, 1] to what the graph takes; every call applies it.
+
+    Raises:
+        UnsupportedGraphError: an operator is unknown, or something would survive a fresh draw (:mod:`graph_roles`).
     """
 
-    def __init__(self, graph: dict[str, Any], weights: dict[str, NDArray[Any]]) -> None:
+    def __init__(self, graph: dict[str, Any], weights: dict[str, NDArray[Any]], factor: float = 1.0) -> None:
         super().__init__()
         self._nodes: list[dict[str, Any]] = graph["nodes"]
         self._output: str = graph["outputs"][0]
@@ -128,44 +145,56 @@ class ImportedNetwork(nn.Module):
             raise UnsupportedGraphError("only graphs with one float32 input are read")
         self._input: str = graph["inputs"][0]
         self.input_shape: list[int | str] = shape
-        self.opset = int(graph["opset"])
-        unknown = {node["op"] for node in self._nodes} - set(SUPPORTED) - {"BatchNormalization", "Constant"}
+        self.factor, self.opset = factor, int(graph["opset"])
+        unknown = {node["op"] for node in self._nodes} - set(SUPPORTED) - set(CHAINS) - {"BatchNormalization"}
         if unknown:
             raise UnsupportedGraphError(f"operators outside the importer's list: {', '.join(sorted(unknown))}")
+        tensors = {name: torch.from_numpy(np.array(array)) for name, array in weights.items()}
+        self._roles = read_roles(self._nodes, tensors)
         self._slots: dict[str, str] = {}
-        trainable = self._trainable_names(weights)
-        for at, (name, array) in enumerate(weights.items()):
+        for at, (name, tensor) in enumerate(tensors.items()):
             self._slots[name] = f"t{at}"
-            tensor = torch.from_numpy(np.array(array))
-            if name in trainable and tensor.is_floating_point():
-                self.register_parameter(f"t{at}", nn.Parameter(tensor))
+            if self._roles.parts.get(name) in TRAINED:
+                self.register_parameter(f"t{at}", nn.Parameter(tensor.float()))
             else:
-                self.register_buffer(f"t{at}", tensor)
+                self.register_buffer(f"t{at}", tensor.float() if tensor.is_floating_point() else tensor)
+        self._last_uses = self._find_last_uses()
 
-    def _trainable_names(self, weights: dict[str, NDArray[Any]]) -> set[str]:
-        names: set[str] = set()
-        products = {output for node in self._nodes if node["op"] in {"MatMul", "Conv"} for output in node["outputs"]}
-        for node in self._nodes:
-            slots = TRAINABLE_INPUTS.get(node["op"], ())
-            if node["op"] == "Add" and products & set(node["inputs"]):
-                slots = (0, 1)
-            names |= {node["inputs"][slot] for slot in slots if slot < len(node["inputs"])}
-        return names & set(weights)
+    def _find_last_uses(self) -> list[list[str]]:
+        """For each node the values that nothing after it needs."""
+        last = {name: at for at, node in enumerate(self._nodes) for name in node["inputs"] if name != self._output}
+        uses: list[list[str]] = [[] for _ in self._nodes]
+        for name, at in last.items():
+            uses[at].append(name)
+        return uses
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Run the graph on pictures [n, c, h, w] in [0, 1] and return its first output [n, k]."""
+        return self._run(x)[0].flatten(1)
+
+    def values_of_a_picture(self, x: torch.Tensor) -> int:
+        """Return how many numbers the graph computes for one of these pictures: what training it keeps in memory."""
+        return self._run(x)[1] // len(x)
+
+    def _run(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
         values: dict[str, torch.Tensor] = {name: getattr(self, slot) for name, slot in self._slots.items()}
-        values[self._input] = self._laid_out(x)
-        for node in self._nodes:
+        values[self._input] = self._laid_out(x if self.factor == 1.0 else x * self.factor)
+        computed = 0
+        for node, finished in zip(self._nodes, self._last_uses, strict=True):
             inputs = [values[name] for name in node["inputs"] if name]
-            if node["op"] == "Constant":
-                content = node["attributes"].get("value", {})
-                values[node["outputs"][0]] = torch.tensor(content["tensor"], dtype=getattr(torch, content["dtype"]))
+            output = node["outputs"][0]
+            if output in self._roles.carried:
+                values[output] = CHAINS[node["op"]](inputs, node["attributes"])
             elif node["op"] == "BatchNormalization":
-                values[node["outputs"][0]] = self._batch_norm(inputs, node["attributes"])
+                values[output] = self._batch_norm(inputs, node["attributes"])
+            elif node["op"] in SUPPORTED:
+                values[output] = SUPPORTED[node["op"]](inputs, node["attributes"])
             else:
-                values[node["outputs"][0]] = SUPPORTED[node["op"]](inputs, node["attributes"])
-        return values[self._output].flatten(1)
+                raise UnsupportedGraphError(f"{node['op']} is read for weights only")
+            computed += 0 if output in self._roles.carried else values[output].numel()
+            for name in finished:
+                values.pop(name, None)
+        return values[self._output], computed
 
     def _laid_out(self, x: torch.Tensor) -> torch.Tensor:
         n, channels, height, width = x.shape
@@ -185,20 +214,21 @@ class ImportedNetwork(nn.Module):
         """Give every weight a fresh start, so that this architecture can be trained anew as an honest reference."""
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            for node in self._nodes:
-                if node["op"] == "BatchNormalization":
-                    for name, value in zip(node["inputs"][1:5], (1.0, 0.0, 0.0, 1.0), strict=True):
-                        getattr(self, self._slots[name]).fill_(value)
-            for parameter in self._weight_matrices():
-                fan_in = parameter[0].numel() if parameter.ndim > 2 else max(parameter.shape)
-                bound = math.sqrt(3.0 / fan_in)
-                parameter.copy_((torch.rand(parameter.shape, generator=generator) * 2 - 1) * bound)
-            for node in self._nodes:
-                if node["op"] in {"Conv", "Gemm"} and len(node["inputs"]) > 2 and node["inputs"][2] in self._slots:
-                    getattr(self, self._slots[node["inputs"][2]]).zero_()
+            for name, slot in self._slots.items():
+                part, tensor = self._roles.parts.get(name), getattr(self, slot)
+                if part == WEIGHT:
+                    bound = math.sqrt(3.0 / self._roles.fan_in[name])
+                    tensor.copy_((torch.rand(tensor.shape, generator=generator) * 2 - 1) * bound)
+                elif part is not None:
+                    tensor.fill_(START[part])
 
-    def _weight_matrices(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.parameters() if parameter.ndim >= 2]
+    def _parameter(self, name: str) -> nn.Parameter | None:
+        """Return the parameter behind a value: its own, or the one that is passed on to it."""
+        made_by = {node["outputs"][0]: node for node in self._nodes}
+        while name in self._roles.carried:
+            name = made_by[name]["inputs"][0]
+        found = getattr(self, self._slots[name]) if name in self._slots else None
+        return found if isinstance(found, nn.Parameter) else None
 
     def last_parameters(self) -> list[nn.Parameter]:
         """Return the weight matrix of the last product of the graph, and its bias where it has one.
@@ -206,17 +236,19 @@ class ImportedNetwork(nn.Module):
         Raises:
             UnsupportedGraphError: the graph ends in no product with a matrix of its own.
         """
-        own = [n for n in self._nodes if n["op"] in {"Gemm", "MatMul"} and n["inputs"][1] in self._slots]
+        products = [
+            n for n in self._nodes if n["op"] in {"Gemm", "MatMul"} and n["outputs"][0] not in self._roles.carried
+        ]
+        own = [n for n in products if any(self._parameter(name) is not None for name in n["inputs"][:2])]
         if not own:
             raise UnsupportedGraphError("the graph has no final matrix product")
         product = own[-1]
-        names = [product["inputs"][1], *product["inputs"][2:3]]
-        if product["op"] == "MatMul":
-            for node in self._nodes:
-                if node["op"] == "Add" and product["outputs"][0] in node["inputs"]:
-                    names += [name for name in node["inputs"] if name != product["outputs"][0]]
-        found = [getattr(self, self._slots[name]) for name in names if name in self._slots]
-        return [parameter for parameter in found if isinstance(parameter, nn.Parameter)]
+        names = list(product["inputs"])
+        for node in self._nodes:
+            if node["op"] == "Add" and product["outputs"][0] in node["inputs"]:
+                names += node["inputs"]
+        found = [self._parameter(name) for name in names if name]
+        return [parameter for parameter in found if parameter is not None]
 
     def plain_graph(self) -> tuple[list[dict[str, Any]], dict[str, NDArray[Any]]]:
         """Return the nodes as plain values and the weights by name as they are now: what a writer needs."""
@@ -234,16 +266,20 @@ def import_graph(model: SuppliedModel, images: NDArray[np.uint8]) -> ImportedNet
     Raises:
         UnsupportedGraphError: it cannot be read, or does not give the same outputs.
     """
-    graph, weights = model.graph()
-    network = ImportedNetwork(graph, weights).eval()
-    factor = 1 / 255 if model.scale is None else model.scale
-    pictures = torch.from_numpy(images.transpose(0, 3, 1, 2).astype(np.float32) * np.float32(factor))
+    pictures = torch.from_numpy(images.transpose(0, 3, 1, 2).astype(np.float32) / 255)
     try:
+        network = ImportedNetwork(*model.graph(), factor=1.0 if model.scale is None else model.scale * 255).eval()
         with torch.no_grad():
             ours = network(pictures).numpy()
-    except (RuntimeError, KeyError, TypeError, ValueError) as error:
-        raise UnsupportedGraphError(f"the imported graph does not run: {error}") from error
+    except UnsupportedGraphError:
+        raise
+    except (DataError, *GRAPH_FAILURES) as error:
+        raise UnsupportedGraphError(f"the graph cannot be read: {type(error).__name__}: {str(error)[:200]}") from error
     theirs = model.outputs(images)
-    if ours.shape != theirs.shape or np.abs(ours - theirs).max() > AGREEMENT * max(1.0, float(np.abs(theirs).max())):
+    if ours.shape != theirs.shape or not _alike(ours, theirs):
         raise UnsupportedGraphError("the imported graph does not give onnxruntime's outputs")
     return network
+
+
+def _alike(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> bool:
+    return bool(np.abs(ours - theirs).max() <= AGREEMENT * max(1.0, float(np.abs(theirs).max())))

@@ -120,10 +120,7 @@ def write_imported(network: ImportedNetwork, path: Path) -> None:
     """
     nodes, weights = network.plain_graph()
     source, result = network.ends
-    made_nodes = [
-        helper.make_node(n["op"], n["inputs"], n["outputs"], **{k: _attribute(v) for k, v in n["attributes"].items()})
-        for n in nodes
-    ]
+    made_nodes = [helper.make_node(n["op"], n["inputs"], n["outputs"], **n["attributes"]) for n in nodes]
     shape = ["batch", *(None if isinstance(side, str) else side for side in network.input_shape[1:])]
     inputs = [helper.make_tensor_value_info(source, TensorProto.FLOAT, shape)]
     outputs = [helper.make_tensor_value_info(result, TensorProto.FLOAT, ["batch", "outputs"])]
@@ -135,9 +132,3 @@ def write_imported(network: ImportedNetwork, path: Path) -> None:
     model.ir_version = max(IR_VERSION, helper.find_min_ir_version_for(list(model.opset_import)))
     onnx.checker.check_model(model)
     path.write_bytes(model.SerializeToString())
-
-
-def _attribute(value: Any) -> Any:
-    if isinstance(value, dict):
-        return numpy_helper.from_array(np.array(value["tensor"], dtype=value["dtype"]))
-    return value

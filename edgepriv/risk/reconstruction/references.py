@@ -8,16 +8,22 @@ smoothing), because the supplier's recipe is unknown and an honest choice of it 
 from __future__ import annotations
 
 import copy
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+import torch
+
+from edgepriv.errors import DataError
 from edgepriv.risk.reconstruction.detectors import DetectorSettings, Evidence, evidence, outputs_of, pictures_of
 from edgepriv.risk.reconstruction.networks import classifier
 from edgepriv.risk.reconstruction.vicious import Recipe, TrainingSet, train
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+    from numpy.typing import NDArray
     from torch import nn
 
     from edgepriv.risk.reconstruction.leakage import Bench
@@ -32,6 +38,13 @@ RECIPES: tuple[dict[str, float], ...] = (
 )
 STAND_INS = ("cnn", "linear", "mlp", "cnn-wide")
 FIRST_SEED = 1000
+FRESH_DRAWS = 5
+LEAST_SKILL = 0.1  # below it, a model is too near to chance to compare fresh or trained networks with it
+BATCH_IN_TRAINING = 125
+
+
+class UntrainableError(DataError):
+    """No honest reference can be made of this architecture here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +68,7 @@ def named(name: str, shape: tuple[int, int, int], outputs: int) -> Architecture:
 
 
 def imported(network: ImportedNetwork) -> Architecture:
-    """The very graph of the model under audit, with fresh weights."""
+    """The very graph of the model under audit, with fresh weights (:func:`check_imported` comes first)."""
 
     def build(seed: int, _number: int) -> nn.Module:
         fresh = copy.deepcopy(network)
@@ -72,6 +85,70 @@ def stand_ins(shape: tuple[int, int, int], outputs: int) -> Architecture:
         return classifier(STAND_INS[number % len(STAND_INS)], shape, outputs)
 
     return Architecture(", ".join(STAND_INS), known=False, build=build)
+
+
+def skill_needed(outputs: NDArray[np.float32], truth: NDArray[np.int64]) -> float | None:
+    """Return the accuracy halfway between chance and the model's own; None where the model has no skill to speak of."""
+    chance = float(np.bincount(truth).max() / len(truth))
+    own = float((outputs.argmax(1) == truth).mean())
+    return chance + (own - chance) / 2 if own - chance >= LEAST_SKILL else None
+
+
+def check_imported(
+    network: ImportedNetwork,
+    bench: Bench,
+    outputs: NDArray[np.float32],
+    *,
+    memory_bytes: int,
+    work_s: float,
+    pictures: int,
+) -> None:
+    """Refuse a graph as a pattern for references where a fresh draw is none, or training it costs too much.
+
+    Args:
+        network: the imported graph.
+        bench: pictures of the audit.
+        outputs: the model's own on them.
+        memory_bytes: what one batch of training may take.
+        work_s: processor time that all references may take, estimated from one batch.
+        pictures: how often a picture is shown in all trainings together.
+
+    Raises:
+        UntrainableError: the reason.
+    """
+    x, truth = pictures_of(bench.images[:500]), bench.groups(outputs)
+    with torch.no_grad():
+        needed = 4 * network.values_of_a_picture(x[:2]) * BATCH_IN_TRAINING * 2
+    if needed > memory_bytes:
+        raise UntrainableError(f"training it takes about {needed >> 20} MiB, more than {memory_bytes >> 20} MiB")
+    enough, right = skill_needed(outputs, truth), []
+    started = time.process_time()
+    for draw in range(FRESH_DRAWS):
+        fresh = copy.deepcopy(network)
+        fresh.reinitialise(FIRST_SEED + draw)
+        right.append(float((outputs_of(fresh, x).argmax(1) == truth[: len(x)]).mean()))
+    work = 3 * (time.process_time() - started) / (FRESH_DRAWS * len(x)) * pictures
+    if enough is not None and min(right) > enough:
+        raise UntrainableError(f"a fresh draw of its weights is right in {min(right):.0%} before any training")
+    if work > work_s:
+        raise UntrainableError(f"training references takes about {work / 3600:.1f} h, more than {work_s / 3600:.1f} h")
+
+
+def check_trained(references: Sequence[Evidence], outputs: NDArray[np.float32], truth: NDArray[np.int64]) -> None:
+    """Refuse references of an imported graph that did not learn the task: their leak is no measure of an honest one's.
+
+    Raises:
+        UntrainableError: half of them are nearer to chance than to the model's accuracy.
+    """
+    enough = skill_needed(outputs, truth)
+    middle = float(np.median([(reference.outputs.argmax(1) == truth).mean() for reference in references]))
+    if enough is not None and middle < enough:
+        raise UntrainableError(f"references of its architecture learn little here: right in {middle:.0%}")
+
+
+def times_shown(count: int, pictures: int) -> int:
+    """Return how often a picture is shown in the training of so many references."""
+    return sum(int(RECIPES[number % len(RECIPES)]["epochs"]) for number in range(count)) * pictures
 
 
 def train_references(
@@ -97,6 +174,9 @@ def train_references(
 
     Returns:
         The evidence of each reference.
+
+    Raises:
+        UntrainableError: one of them ended in outputs that are no numbers.
     """
     found = []
     x = pictures_of(bench.images)
@@ -112,7 +192,10 @@ def train_references(
         )
         pair = train(recipe, data, build=lambda s=recipe.seed, n=number: architecture.build(s, n))  # type: ignore[misc]
         network = pair.classifier.cpu()
-        found.append(evidence(bench, outputs_of(network, x), network, settings))
+        outputs = outputs_of(network, x)
+        if not np.isfinite(outputs).all():
+            raise UntrainableError(f"reference {number + 1} gives NaN or infinite outputs after its training")
+        found.append(evidence(bench, outputs, network, settings))
         if progress:
             progress(f"reference {number + 1}/{count}: explained variance {found[-1].values['ridge']:.3f}")
     return found

@@ -12,16 +12,20 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgepriv.errors import DataError, MissingFileError, RefusedError
+from edgepriv.risk.reconstruction.isolation import TAKEN
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+
+WITHOUT_NETWORK = "the model ran without network"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,7 @@ class SuppliedModel:
         limits: what the child process may use.
         scale: factor from uint8 pixels to the model's float input; None is 1/255.
         output: name of the output to audit; None is the first.
+        observed: what the child process said of itself when it last opened the file: ``network``.
     """
 
     path: Path
@@ -54,6 +59,7 @@ class SuppliedModel:
     limits: OpeningLimits
     scale: float | None = None
     output: str | None = None
+    observed: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def find(
@@ -111,6 +117,12 @@ class SuppliedModel:
                 weights = {name: archive[key] for name, key in reply["constants"].items()}
         return reply, weights
 
+    @property
+    def isolation(self) -> str:
+        """One sentence on the network of the process that opened the file."""
+        network = self.observed.get("network", "unknown")
+        return WITHOUT_NETWORK if network == TAKEN else f"the model's network {network}"
+
     def _ask(self, folder: Path, request: dict[str, Any]) -> dict[str, Any]:
         limits = self.limits
         request |= {
@@ -121,7 +133,7 @@ class SuppliedModel:
             "threads": limits.threads,
         }
         (folder / "request.json").write_text(json.dumps(request))
-        command = [sys.executable, "-m", "edgepriv.risk.reconstruction.model_worker", str(folder / "request.json")]
+        command = [sys.executable, "-m", "edgepriv.risk.reconstruction.isolation", str(folder / "request.json")]
         environment = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": str(limits.threads)}
         try:
             done = subprocess.run(
@@ -136,6 +148,7 @@ class SuppliedModel:
                 hint=f"it may have passed its limits of {limits.memory_bytes >> 20} MiB and {limits.cpu_s} s",
             )
         reply: dict[str, Any] = json.loads(reply_path.read_text())
+        self.observed["network"] = str(reply.get("network", "unknown"))
         if "error" in reply:
             raise DataError(f"{self.path}: {reply['error']}")
         return reply

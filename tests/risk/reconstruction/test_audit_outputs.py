@@ -14,8 +14,9 @@ from edgepriv.device.release import parse_policy
 from edgepriv.errors import ConfigError, DataError, MissingFileError, RefusedError, RiskThresholdError
 from edgepriv.risk.reconstruction.audit import AuditRequest, audit_outputs
 from edgepriv.risk.reconstruction.auditors import RidgeDecoder
+from edgepriv.risk.reconstruction.graph_roles import UnsupportedGraphError
 from edgepriv.risk.reconstruction.leakage import AuditSettings, Bench, Probe, shrink
-from edgepriv.risk.reconstruction.onnx_reader import UnsupportedGraphError, import_graph
+from edgepriv.risk.reconstruction.onnx_reader import import_graph
 from edgepriv.risk.reconstruction.supplied_model import OpeningLimits, SuppliedModel
 from edgepriv.risk.report import audit_html
 

@@ -17,10 +17,11 @@ from edgepriv.device.release import parse_policy
 from edgepriv.errors import DataError
 from edgepriv.risk.reconstruction.audit import AuditRequest
 from edgepriv.risk.reconstruction.defences import Purifier, retrain_last_layer
+from edgepriv.risk.reconstruction.graph_roles import UnsupportedGraphError
 from edgepriv.risk.reconstruction.hardening import harden
 from edgepriv.risk.reconstruction.indicator_fit import fit_indicator, windows_flagged
 from edgepriv.risk.reconstruction.leakage import AuditSettings, Probe
-from edgepriv.risk.reconstruction.onnx_reader import UnsupportedGraphError, import_graph
+from edgepriv.risk.reconstruction.onnx_reader import import_graph
 from edgepriv.risk.reconstruction.onnx_writer import write_imported
 from edgepriv.risk.reconstruction.supplied_model import SuppliedModel
 from edgepriv.risk.reconstruction.vicious import TrainingSet
