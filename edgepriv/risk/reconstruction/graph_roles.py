@@ -1,10 +1,10 @@
 """Which tensors of a supplier's graph are drawn afresh for an honest reference, and that nothing of his stays behind.
 
 Rules: a tensor is followed through nodes that only pass constants on (``CHAINS``) to every place where it meets the
-picture. Weights of products, convolutions and norms, and what is added to a product, are drawn afresh. Anything else of
-his that meets the picture stays as it is, so it must be small: at most ``MAX_KEPT`` values along one axis a tensor and
-``MAX_KEPT_IN_ALL`` in the whole graph, numbers in attributes included. A graph that keeps more is refused, because its
-"honest references" would carry the supplier's own weights.
+picture. Weights of products, convolutions and norms, what is added to a product, large summands and long vectors of
+factors are drawn afresh. Anything else of his that meets the picture stays as it is, so it must be small: at most
+``MAX_KEPT`` values along one axis a tensor and ``MAX_KEPT_IN_ALL`` in the whole graph, numbers in attributes included.
+A graph that keeps more is refused, because its "honest references" would carry the supplier's own weights.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ PARTS: dict[str, dict[int, str]] = {
     "MatMul": {0: WEIGHT, 1: WEIGHT},
     "BatchNormalization": {1: ONE, 2: ZERO, 3: MEAN, 4: VARIANCE},
 }
+LARGE = {("Add", 0): ZERO, ("Add", 1): ZERO, ("Sub", 0): ZERO, ("Sub", 1): ZERO, ("Div", 1): ONE}
 PRODUCTS = frozenset({"Conv", "Gemm", "MatMul"})
 CARRIERS = frozenset({"Identity", "Transpose", "Reshape", "Flatten", "Dropout"})
 SHAPES = frozenset({("Reshape", 1), ("ReduceMean", 1)})  # inputs that say how, not what
@@ -140,7 +141,7 @@ class _Reading:
             parts = {0: ZERO, 1: ZERO}
         for slot, name in enumerate(node["inputs"]):
             if name in self._constants and (node["op"], slot) not in SHAPES:
-                self._use(name, parts.get(slot))
+                self._use(name, parts.get(slot) or self._part_if_large(node["op"], slot, self._constants[name]))
         if node["op"] in PRODUCTS or (node["op"] in CARRIERS and node["inputs"][0] in self._products):
             self._products |= set(node["outputs"])
 
@@ -151,6 +152,13 @@ class _Reading:
         output = node["outputs"][0]
         self._constants[output], self._roots[output] = made, self._roots[names[0]]
         self.roles.carried.add(output)
+
+    @staticmethod
+    def _part_if_large(op: str, slot: int, value: torch.Tensor) -> str | None:
+        """Large summands and scales of channels start at 0 and 1; a matrix of factors has no start that trains."""
+        one_axis = sum(side > 1 for side in value.shape) <= 1
+        part = ONE if op == "Mul" and one_axis else LARGE.get((op, slot))
+        return None if is_small(value) or (part == ONE and not one_axis) else part
 
     def _use(self, name: str, part: str | None) -> None:
         value, root = self._constants[name], self._roots[name]
@@ -165,7 +173,7 @@ class _Reading:
             self.roles.fan_in[root] = value[0].numel() if value.ndim > 2 else max([1, *value.shape])
 
     def _keep(self, value: torch.Tensor, root: str) -> None:
-        if value.numel() > MAX_KEPT or sum(side > 1 for side in value.shape) > 1:
+        if not is_small(value):
             raise UnsupportedGraphError(
                 f"{root!r} ({'x'.join(map(str, value.shape))}) would stay as the supplier made it in a fresh draw"
             )
@@ -177,6 +185,11 @@ class _Reading:
         kept = sum(self._kept.values()) + len(numbers)
         if kept > MAX_KEPT_IN_ALL:
             raise UnsupportedGraphError(f"{kept} numbers would stay as the supplier made them in a fresh draw")
+
+
+def is_small(value: torch.Tensor) -> bool:
+    """True for what may stay as it is: a number, a number for each channel."""
+    return value.numel() <= MAX_KEPT and sum(side > 1 for side in value.shape) <= 1
 
 
 def _floats(values: Any) -> list[float]:
