@@ -9,21 +9,26 @@ from __future__ import annotations
 
 import gzip
 import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from zipfile import is_zipfile
+from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
 
 from edgepriv.errors import DataError, MissingDependencyError, MissingFileError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"})
 MAX_PIXELS = 100_000_000
 CIFAR_RECORD_BYTES = 1 + 3 * 32 * 32
+UNREADABLE = (  # what numpy and zipfile raise on changed bytes
+    OSError, ValueError, KeyError, EOFError, RuntimeError, TypeError, AttributeError, OverflowError, MemoryError,
+    struct.error, zlib.error, BadZipFile,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,19 +161,35 @@ def _cifar(paths: list[Path]) -> Dataset:
 
 
 def _npz(path: Path) -> Dataset:
-    if not is_zipfile(path):
-        raise DataError(f"{path} is not a release, or was cut short", hint="it must hold 'images' and 'labels'")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            images, labels = archive["images"], archive["labels"].astype(np.int64)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path} is not a release: {error}", hint="it must hold 'images' and 'labels'") from error
+    arrays = read_arrays(path, ("images", "labels"), "a release")
+    if len(arrays) < 2:
+        raise DataError(f"{path} is not a release", hint="it must hold 'images' and 'labels'")
+    images, labels = arrays["images"], arrays["labels"]
     if images.ndim == 3:
         images = images[..., None]
-    if images.dtype != np.uint8 or images.ndim != 4 or len(images) != len(labels):
+    if images.dtype != np.uint8 or images.ndim != 4 or labels.shape != images.shape[:1]:
         raise DataError(f"{path}: images must be uint8 [n, height, width, channels] with one label each")
+    if labels.dtype.kind not in "iu" or (len(labels) and int(labels.min()) < 0):
+        raise DataError(f"{path}: labels must be whole numbers from 0 on, not {labels.dtype}")
+    labels = labels.astype(np.int64)
     classes = int(labels.max()) + 1 if len(labels) else 0
     return Dataset(path.parent.name, images, labels, tuple(str(i) for i in range(classes)))
+
+
+def read_arrays(path: Path, names: Sequence[str] | None, what: str) -> dict[str, np.ndarray[Any, np.dtype[Any]]]:
+    """Those of the named arrays (None: all) that an ``.npz`` holds; never unpickles.
+
+    Raises:
+        DataError: it is no such file, was cut short, or has changed bytes; ``what`` says what it should have been.
+    """
+    if not is_zipfile(path):
+        raise DataError(f"{path} is not {what}, or was cut short", hint=f"an .npz with {', '.join(names or ())}")
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
+            found = {name: archive[name] for name in (names or archive.files) if name in archive}
+    except UNREADABLE as error:
+        raise DataError(f"{path} is not {what}, or has changed bytes: {error}") from error
+    return {name: values for name, values in found.items() if isinstance(values, np.ndarray)}
 
 
 def _digits() -> Dataset:

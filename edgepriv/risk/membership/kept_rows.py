@@ -10,9 +10,11 @@ import hashlib
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from zipfile import is_zipfile
 
 import numpy as np
+
+from edgepriv import datasets
+from edgepriv.errors import DataError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,13 +47,11 @@ class KeptRows:
 
     def read(self, model: int) -> Row | None:
         """The row of a model; None where it was not finished, or cannot be read."""
-        if not is_zipfile(self._path(model)):
-            return None
         try:
-            with np.load(self._path(model), allow_pickle=False) as archive:
-                return tuple(archive[key] for key in sorted(archive.files))
-        except (OSError, ValueError, EOFError):
+            held = datasets.read_arrays(self._path(model), None, "a kept row")
+        except DataError:
             return None
+        return tuple(held[name] for name in sorted(held))
 
     def write(self, model: int, row: Row) -> None:
         """Keep the row of a model."""

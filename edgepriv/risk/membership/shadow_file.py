@@ -3,15 +3,14 @@
 One ``.npz`` (no pickle) with ``masks`` bool [K, n] and at least one of ``margins`` (phi, natural logarithms),
 ``log_probabilities`` and ``agreements``, each float [K, n]; the n records are the members in their order, then the
 tested non-members in theirs: all but every third (the 3rd, 6th, ...), which the attacker knows not to be members.
+``agreements`` are those of ``attacks.agreement`` on these records: its copies are the same for every model.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
-from zipfile import is_zipfile
 
-import numpy as np
-
+from edgepriv import datasets
 from edgepriv.errors import DataError, MissingFileError
 
 if TYPE_CHECKING:
@@ -36,16 +35,12 @@ def read_shadow_scores(path: Path, records: int) -> dict[str, NDArray[Any]]:
         raise MissingFileError(f"no such file of shadow scores: {path}")
     if path.stat().st_size > MAX_BYTES:
         raise DataError(f"{path} is larger than {MAX_BYTES >> 30} GiB")
-    if not is_zipfile(path):
-        raise DataError(f"{path} is not an .npz of shadow scores, or was cut short")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in ("masks", *NAMES) if name in archive}
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} is not an .npz of shadow scores: {error}") from error
+    arrays = datasets.read_arrays(path, ("masks", *NAMES), "an .npz of shadow scores")
     if "masks" not in arrays or len(arrays) < 2:
         raise DataError(f"{path} lacks masks or scores", hint=f"it holds 'masks' and some of {', '.join(NAMES)}")
     for name, values in arrays.items():
         if values.shape != arrays["masks"].shape or values.ndim != 2 or values.shape[1] != records:
             raise DataError(f"{path}: {name} is {values.shape}, expected [shadows, {records}] records")
+        if values.dtype.kind not in ("b" if name == "masks" else "fiu"):
+            raise DataError(f"{path}: {name} is {values.dtype}", hint="masks are booleans, scores are numbers")
     return {"shadow_" + name: values for name, values in arrays.items()}
