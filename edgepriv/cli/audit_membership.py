@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
-    from edgepriv.risk.membership.audit import AuditReport, TargetView
+    from edgepriv.cli.audited_records import Records
+    from edgepriv.risk.membership.audit import AuditReport, Limits, TargetView
 
 SCHEMA = "edgepriv.audit-membership/1"
+NEAR_CHANCE = 0.15  # share of the way from chance to always right: below it a model was asked wrongly
+SAME_SIZE = 0.1  # shadow releases may differ from the release by this share of its records
 
 
 @dataclass(frozen=True, slots=True)
-class Records:
-    """Members, then non-members, then a part of the non-members that the attacker is allowed to know as such."""
+class Held:
+    """What the attacker holds, the model's accuracy on members and non-members, and why the result may be weak."""
 
-    images: NDArray[np.uint8]
-    labels: NDArray[np.int64]
-    members: NDArray[np.bool_]
-    known: tuple[NDArray[np.uint8], NDArray[np.int64]]
+    view: TargetView
+    accuracy: tuple[float, float] | None = None
+    weak_because: tuple[str, ...] = ()
 
 
 @click.command()
@@ -64,9 +65,12 @@ def membership(
     """Attack a model or a released set and report the strongest attack.
 
     With neither shadow scores nor an architecture only the weak attacks run, and the verdict says so. A release is
-    attacked with shadow releases where its VAE lies beside it. The exit code is 3 when an attack passes a threshold.
+    attacked with shadow releases where its VAE lies beside it. The exit code is 3 when an attack passes a threshold, or
+    when a null is off, so that the audit is void.
     """
+    from edgepriv.cli.audited_records import load_records
     from edgepriv.errors import ConfigError, RiskThresholdError
+    from edgepriv.synthesis.release import read_card
 
     if (model is None) == (release is None):
         raise ConfigError("give either --model or --release", hint="--model M.onnx, or --release DIR")
@@ -74,51 +78,23 @@ def membership(
         raise ConfigError("give either --shadow-scores or --arch", hint="one names shadows, the other trains them")
     if release is not None and (options["shadow_scores"] or options["arch"]):
         raise ConfigError("--shadow-scores and --arch belong to --model; a release makes its own shadows")
-    records = _records(members, non_members, limit, float(options["fpr"]), hold_out=model is not None)
-    view = _model_view(model, records, options) if model else _release_view(release or Path(), records, options)
-    found = _report(view, records, options)
-    document = _document(found, str(model or release), options)
+    rate = float(options["fpr"])
+    if model:
+        records = load_records(members, non_members, limit, rate, hold_out=True)
+        held = _held_of_model(model, records, options)
+    else:
+        card = read_card(release or Path())
+        records = load_records(
+            members, non_members, limit, rate, hold_out=False, names=[str(n) for n in card.get("class_names") or ()]
+        )
+        held = _held_of_release(release or Path(), card, records, options)
+    document = _document(_report(held, records, options), held, str(model or release), options)
     click.echo(json.dumps(document) if options["as_json"] else _table(document))
-    if document["above_threshold"]:
+    if document["outcome"] in {"leak", "void"}:
         raise RiskThresholdError(document["verdict"], hint="see edgepriv/risk/membership/README.md for what helps")
 
 
-def _records(members: str, non_members: str, limit: int | None, rate: float, *, hold_out: bool) -> Records:
-    import numpy as np
-
-    from edgepriv import datasets
-    from edgepriv.errors import DataError
-
-    # in the order in which they lie: a file of shadow scores counts its records so
-    inside = datasets.load(members, split="whole", limit=limit)
-    outside = datasets.load(non_members, split="whole", limit=limit)
-    if inside.images.shape[1:] != outside.images.shape[1:]:
-        raise DataError(f"members are {inside.images.shape[1:]}, non-members {outside.images.shape[1:]}")
-    shared = {image.tobytes() for image in inside.images} & {image.tobytes() for image in outside.images}
-    if shared:
-        raise DataError(
-            f"{len(shared)} pictures are both among the members and among the non-members",
-            hint="remove them from one side: they would make every figure meaningless",
-        )
-    known = np.arange(len(outside)) % 3 == 2 if hold_out else np.zeros(len(outside), np.bool_)  # of every class
-    tested = int((~known).sum())
-    if tested * rate < 1 or (rate < 0.01 and tested < 5000):
-        needed = 100 if rate >= 0.01 else 5000
-        raise DataError(
-            f"{tested} non-members are too few to read a false-positive rate of {rate:g}",
-            hint=f"give at least {needed + (needed // 2 if hold_out else 0)}, or ask for --fpr 0.01",
-        )
-    return Records(
-        np.concatenate([inside.images, outside.images[~known]]),
-        np.concatenate([inside.labels, outside.labels[~known]]),
-        np.arange(len(inside) + tested) < len(inside),
-        (outside.images[known], outside.labels[known]),
-    )
-
-
-def _model_view(path: Path, records: Records, options: dict[str, Any]) -> TargetView:
-    import numpy as np
-
+def _held_of_model(path: Path, records: Records, options: dict[str, Any]) -> Held:
     from edgepriv.errors import DataError
     from edgepriv.risk.membership import attacks, scores, shadows
     from edgepriv.risk.membership.audit import TargetView
@@ -128,16 +104,30 @@ def _model_view(path: Path, records: Records, options: dict[str, Any]) -> Target
     own = target.logits(records.images)
     if records.labels.max() >= own.shape[1]:
         raise DataError(f"{path} knows {own.shape[1]} classes, the records have label {records.labels.max()}")
-    votes = attacks.agreement(target.labels, records.images, records.labels, np.random.default_rng(0), copies=6)
+    right = own.argmax(axis=1) == records.labels
+    accuracy = (float(right[records.members].mean()), float(right[~records.members].mean()))
     features, known_features = shadows.features_of(records.images, records.labels, *records.known)
-    return TargetView(
+    view = TargetView(
         margins=scores.margin(own, records.labels),
         log_probabilities=scores.log_probability(own, records.labels),
-        agreements=votes,
+        agreements=attacks.agreement(target.labels, records.images, records.labels),
         features=features,
         reference_features=known_features,
         reference_margins=scores.margin(target.logits(records.known[0]), records.known[1]),
         **_shadow_arrays(records, options),
+    )
+    return Held(view, accuracy, _asked_wrongly(accuracy[0], own.shape[1], int(records.members.sum())))
+
+
+def _asked_wrongly(accuracy: float, classes: int, members: int) -> tuple[str, ...]:
+    chance = 1.0 / classes
+    if accuracy >= chance + max(NEAR_CHANCE * (1 - chance), 3 * (chance * (1 - chance) / members) ** 0.5):
+        return ()
+    return (
+        (
+            f"the model is right on {accuracy:.1%} of its own members, about chance for {classes} classes: it may "
+            "want other pixel values than 0 to 1, or count the classes otherwise"
+        ),
     )
 
 
@@ -146,7 +136,7 @@ def _shadow_arrays(records: Records, options: dict[str, Any]) -> dict[str, NDArr
         from edgepriv.risk.membership.shadow_file import read_shadow_scores
 
         found = read_shadow_scores(options["shadow_scores"], len(records.members))
-        _check_shadows(len(found["shadow_masks"]), options)
+        _check_shadows(len(found["shadow_masks"]), float(found["shadow_masks"].mean()), options)
         return found
     return _trained_shadows(records, options) if options["arch"] else {}
 
@@ -157,10 +147,11 @@ def _trained_shadows(records: Records, options: dict[str, Any]) -> dict[str, NDA
     from edgepriv.risk.membership import scores, shadows
     from edgepriv.risk.membership.classifier import Recipe, use_threads
 
-    _check_shadows(options["shadows"], options)
+    rate = float(records.members.mean())
+    _check_shadows(options["shadows"], rate, options)
     use_threads(options["threads"])
     rng = np.random.default_rng(options["seed"])
-    masks = scores.draw_masks(options["shadows"], len(records.members), rng, rate=float(records.members.mean()))
+    masks = scores.draw_masks(options["shadows"], len(records.members), rng, rate=rate)
     made = shadows.run_shadows(
         (records.images, records.labels),
         records.known,
@@ -179,7 +170,7 @@ def _trained_shadows(records: Records, options: dict[str, Any]) -> dict[str, NDA
     }
 
 
-def _release_view(release: Path, records: Records, options: dict[str, Any]) -> TargetView:
+def _held_of_release(release: Path, card: dict[str, Any], records: Records, options: dict[str, Any]) -> Held:
     import numpy as np
 
     from edgepriv import datasets
@@ -188,60 +179,113 @@ def _release_view(release: Path, records: Records, options: dict[str, Any]) -> T
     from edgepriv.synthesis.release import shadow_releases
 
     published = datasets.load(release, split="all")
-    near = released_set.nearness(records.images, records.labels, published.images, published.labels)
+    randomised = card.get("labels") != "exact"  # a record's own picture may then stand in another class
+
+    def near(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> list[NDArray[np.float64]]:
+        found = [released_set.nearness(records.images, records.labels, images, labels)]
+        return [*found, released_set.nearness_any(records.images, images)] if randomised else found
+
+    own, rate = near(published.images, published.labels), float(records.members.mean())
+    view = TargetView(nearness=own[0], nearness_any=own[1] if randomised else None)
     rng = np.random.default_rng(options["seed"])
-    masks = scores.draw_masks(options["shadows"], len(records.members), rng, rate=float(records.members.mean()))
+    masks = scores.draw_masks(options["shadows"], len(records.members), rng, rate=rate)
     made = shadow_releases(release, records.images, records.labels, masks, options["seed"])
     if made is None:
-        return TargetView(nearness=near)
-    _check_shadows(len(masks), options)
-    shadow_near = []
+        return Held(view)
+    _check_shadows(len(masks), rate, options)
+    rows = []
     for done, (images, labels) in enumerate(made):
-        shadow_near.append(released_set.nearness(records.images, records.labels, images, labels))
+        rows.append(near(images, labels))
         _progress(done + 1, len(masks))
-    return TargetView(nearness=near, shadow_masks=masks, shadow_nearness=np.stack(shadow_near))
+    shadows = [np.stack(surface) for surface in zip(*rows, strict=True)]
+    view = replace(
+        view,
+        shadow_masks=masks,
+        shadow_nearness=shadows[0],
+        shadow_nearness_any=shadows[1] if randomised else None,
+    )
+    return Held(view, weak_because=_other_than_shadows(card, records))
 
 
-def _report(view: TargetView, records: Records, options: dict[str, Any]) -> AuditReport:
+def _other_than_shadows(card: dict[str, Any], records: Records) -> tuple[str, ...]:
+    """In what the release differs from the shadow releases that calibrate its attack."""
+    given, found = int(records.members.sum()), []
+    held = card.get("records")
+    if isinstance(held, int) and abs(given - held) > SAME_SIZE * held:
+        found.append(
+            f"{given} members were given and the release was made from {held} records: shadow releases of another size "
+            "calibrate the attacks badly, so give all of them, and none that was held out as public or test"
+        )
+    if card.get("vae_trained_on") == "dp":
+        found.append(
+            "the shadow releases reuse the VAE that the members trained, so what its weights give away is not judged"
+        )
+    return tuple(found)
+
+
+def _report(held: Held, records: Records, options: dict[str, Any]) -> AuditReport:
     import numpy as np
 
     from edgepriv.risk.membership import audit
 
-    found = audit.attack_target(view)
-    return audit.report(
-        [found], [records.members], np.random.default_rng(options["seed"]), shadow_masks=view.shadow_masks
+    masks = held.view.shadow_masks
+    found = audit.report(
+        [audit.attack_target(held.view)],
+        [records.members],
+        np.random.default_rng(options["seed"]),
+        shadow_masks=() if masks is None else [masks],
+        rate=float(options["fpr"]),
+        fair_coins=False,  # the user chose who is a member
     )
+    more = list(held.weak_because)
+    return replace(found, weak_because=[*found.weak_because, *more], warnings=[*found.warnings, *more])
 
 
-def _check_shadows(count: int, options: dict[str, Any]) -> None:
+def _check_shadows(count: int, rate: float, options: dict[str, Any]) -> None:
     from edgepriv.risk.membership.scores import check_shadow_count
 
-    check_shadow_count(count, float(options["fpr"]))
+    check_shadow_count(count, float(options["fpr"]), rate)
 
 
-def _document(found: AuditReport, what: str, options: dict[str, Any]) -> dict[str, Any]:
-    rate = float(options["fpr"])
-    limits = (options["max_auc"], options["max_tpr"])
+def _document(found: AuditReport, held: Held, what: str, options: dict[str, Any]) -> dict[str, Any]:
+    limits = _limits(options)
     return {
         "schema": SCHEMA,
         "audited": what,
-        "verdict": found.verdict(*limits, rate=rate),
-        "above_threshold": found.exceeds(*limits, rate=rate),
-        "max_auc": limits[0],
-        "max_tpr": limits[1],
-        "fpr": rate,
+        "outcome": found.outcome(limits),
+        "verdict": found.verdict(limits),
+        "above_threshold": found.exceeds(limits),
+        "max_auc": limits.auc,
+        "max_tpr": limits.tpr,
+        "fpr": limits.rate,
+        "accuracy_members": held.accuracy and round(held.accuracy[0], 4),
+        "accuracy_non_members": held.accuracy and round(held.accuracy[1], 4),
         **found.as_json(),
     }
 
 
+def _limits(options: dict[str, Any]) -> Limits:
+    from edgepriv.risk.membership.audit import Limits
+
+    return Limits(options["max_auc"], options["max_tpr"], float(options["fpr"]))
+
+
 def _table(document: dict[str, Any]) -> str:
-    lines = [f"{'attack':24} {'surface':11} {'AUC':>6}  95 % interval   TPR at 1 % FPR"]
+    column = "tpr_at_1pct" if document["fpr"] >= 0.01 else "tpr_at_01pct"
+    lines = [f"{'attack':24} {'surface':11} {'AUC':>6}  95 % interval   TPR at {100 * document['fpr']:g} % FPR"]
     for row in document["attacks"]:
         low, high = row["auc_interval"]
-        share = "-" if row["tpr_at_1pct"] is None else f"{100 * row['tpr_at_1pct']:.1f} %"
+        share = "-" if row[column] is None else f"{100 * row[column]:.1f} %"
         lines.append(f"{row['attack']:24} {row['surface']:11} {row['auc']:6.3f}  {low:.3f} to {high:.3f}  {share:>8}")
-    lines += [f"null (permuted membership): {document['null_auc']:.3f}", *document["warnings"], document["verdict"]]
-    return "\n".join(lines)
+    if document["accuracy_members"] is not None:
+        lines.append(
+            f"the model's accuracy: {document['accuracy_members']:.3f} on members, "
+            f"{document['accuracy_non_members']:.3f} on non-members"
+        )
+    lines.append(f"null (permuted membership): {document['null_auc']:.3f}")
+    if document["noise_null"] is not None:
+        lines.append(f"null (random scores): {document['noise_null']:.3f}")
+    return "\n".join([*lines, *document["warnings"], document["verdict"]])
 
 
 def _progress(done: int, total: int) -> None:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     Pictures = tuple[NDArray[np.float32], NDArray[np.int64]]
 
-MAX_AUC, MAX_TPR = 0.60, 0.05  # as `edgepriv audit membership`
 RECOGNISED = 0.5  # share of classes told apart by an independent judge; at least three times chance
 
 
@@ -120,10 +119,11 @@ def _membership(net: Any, options: dict[str, Any]) -> dict[str, Any]:
     view = audit.TargetView(
         margins=scores.margin(logits, labels), log_probabilities=scores.log_probability(logits, labels)
     )
-    found = audit.report([audit.attack_target(view)], [is_member], np.random.default_rng(options["seed"]))
+    rng = np.random.default_rng(options["seed"])
+    found = audit.report([audit.attack_target(view)], [is_member], rng, fair_coins=False)
     return {
-        "verdict": found.verdict(MAX_AUC, MAX_TPR),
-        "above_threshold": found.exceeds(MAX_AUC, MAX_TPR),
+        "verdict": found.verdict(),
+        "above_threshold": found.exceeds(audit.LIMITS),
         **found.as_json(),
     }
 

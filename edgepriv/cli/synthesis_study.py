@@ -7,20 +7,21 @@ itself: that is made from all private records with the same settings.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgepriv.cli.synthesis_card import fill_card, with_controls
+from edgepriv.cli.synthesis_parts import Parts, take_parts
 from edgepriv.errors import ConfigError, DataError
 from edgepriv.risk.membership import audit as membership
 from edgepriv.risk.membership import kept_rows
 from edgepriv.risk.membership import scores as membership_scores
 from edgepriv.risk.membership import shadows as membership_shadows
 from edgepriv.risk.membership.classifier import Recipe
-from edgepriv.synthesis import accountant, generator, training
 from edgepriv.synthesis import card as cards
+from edgepriv.synthesis import generator, training
 from edgepriv.synthesis.vae import VaeConfig, default_config
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgepriv.datasets import Dataset
     from edgepriv.synthesis.vae import Vae
 
     Images = NDArray[np.uint8]
@@ -59,19 +59,8 @@ __all__ = [
 ]
 
 MIN_AUDITED = 250  # so that the non-members of each target are at least 100
+ROW_FORMAT = 2  # of the kept scores
 RATIO_FACTORS = (1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """Disjoint parts of the data; ``classes`` counts the labels, ``note`` says where the public part comes from."""
-
-    name: str
-    private: tuple[Images, Labels]
-    public: tuple[Images, Labels]
-    test: tuple[Images, Labels]
-    classes: int
-    note: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +68,7 @@ class Settings:
     """Everything a release is made with.
 
     ``seed`` cuts the data and seeds the audit and may be known; ``noise_seed`` makes the noise and must not be.
-    ``keep`` is a folder for the scores of the audit's finished models.
+    ``keep`` is a folder for the scores of the audit's finished models. ``limits`` say what the audit calls a leak.
     """
 
     noise_ratio: float | None = None
@@ -101,6 +90,7 @@ class Settings:
     seed: int = 0
     noise_seed: int = 1
     keep: Path | None = None
+    limits: membership.Limits = membership.LIMITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,63 +125,9 @@ class Controls:
     prior_samples: NDArray[np.float64] | None
 
 
-def take_parts(data: Dataset, public: Dataset | None, seed: int, test: Dataset | None = None) -> Parts:
-    """Cut the data into disjoint private, public and test parts; only what was not given apart is taken from them.
-
-    Raises:
-        DataError: too few images, different shapes, a class that has no image, or a picture on two sides.
-    """
-    order = np.random.default_rng(seed).permutation(len(data))
-    images, labels = data.images[order], data.labels[order]
-    classes = max(len(part.class_names) for part in (data, public, test) if part)
-    tests = 0 if test else max(1, (len(data) * 2) // 9)
-    helds = 0 if public else len(data) // 3
-    rest = tests + helds
-    private = (images[rest:], labels[rest:])
-    outside = _apart(private[0], (images[tests:rest], labels[tests:rest]), public, "public")
-    measured = _apart(private[0], (images[:tests], labels[:tests]), test, "test")
-    found = f"{len(outside[0])} images were held out as public"
-    note = f"public data: {public.name}" if public else f"no public data given: {found}"
-    missing = sorted(set(range(len(data.class_names))) - set(private[1].tolist()))
-    if missing:
-        raise DataError(
-            f"no private image of class {', '.join(data.class_names[i] for i in missing)}",
-            hint="give every class some images, or renumber the labels",
-        )
-    return Parts(data.name, private, outside, measured, classes, note)
-
-
-def _apart(private: Images, held_out: tuple[Images, Labels], given: Dataset | None, what: str) -> tuple[Images, Labels]:
-    """The given set, which must share no picture with the private one; or the part held out, less what it shares.
-
-    What is proved about a VAE of public images, and every accuracy, holds only when no private record is among them.
-    """
-    images, labels = (given.images, given.labels) if given else held_out
-    if images.shape[1:] != private.shape[1:]:
-        raise DataError(f"the {what} pictures are {images.shape[1:]}, the private ones {private.shape[1:]}")
-    seen = {image.tobytes() for image in private}
-    fresh = np.array([image.tobytes() not in seen for image in images], dtype=np.bool_)
-    if given and not fresh.all():
-        raise DataError(
-            f"{(~fresh).sum()} of the {len(images)} {what} pictures are private ones too",
-            hint=f"remove them from the {what} data: what is proved and measured would not hold",
-        )
-    return images[fresh], labels[fresh]
-
-
 def check(settings: Settings, parts: Parts, *, audited: bool) -> None:
     """Refuse wrong settings before anything is trained."""
-    generator.mechanism_for(
-        generator.LatentScale(1.0, 1.0),
-        2,
-        noise_ratio=settings.noise_ratio,
-        epsilon=settings.epsilon,
-        mode=settings.mode,
-        copies=settings.copies,
-        extra=settings.extra,
-    )
-    if settings.label_epsilon is not None:
-        accountant.randomised_response_keep(settings.label_epsilon, parts.classes)
+    _mechanism(generator.LatentScale(1.0, 1.0), 2, parts, settings)
     if audited:
         membership_scores.check_shadow_count(settings.targets - 1, 0.01)
         _pool(parts, settings)
@@ -246,21 +182,28 @@ def suggest_ratio(
     No classifier is trained for it, so it is cheap and judges the released set alone. The ratio needed grows with the
     latent dimensions and falls with the number of records, so that no default holds everywhere.
     """
-    caught = max((a.auc for a in audit.attacks if a.surface == "release"), default=0.0)
-    if settings.mode != "noised" or settings.vae_from != "public" or caught <= cards.AUC_TO_REFUSE:
+    on_release = replace(audit, attacks=[a for a in audit.attacks if a.surface == "release"])
+    if settings.mode != "noised" or settings.vae_from != "public" or not on_release.exceeds(settings.limits):
         return None
+    wanted = replace(settings.limits, auc=min(cards.AUC_TO_AIM_AT, settings.limits.auc))
     pool, masks = _pool(parts, settings)
     ratio = release.mechanism.noise_ratio(release.vae.config.latent_dim)
     for done, factor in enumerate(RATIO_FACTORS, 1):
         louder = replace(settings, noise_ratio=ratio * factor, epsilon=None)
         pipeline = pipeline_of(parts, louder, release)
         near = membership_shadows.shadow_nearness(pool, masks, pipeline, seed=settings.seed + 1000)
-        read = membership.audit_released_sets(near, masks, np.random.default_rng(settings.seed + 3)).strongest
+        near_any = (
+            membership_shadows.shadow_nearness(pool, masks, pipeline, seed=settings.seed + 1000, any_class=True)
+            if _randomised(settings)
+            else None
+        )
+        rng = np.random.default_rng(settings.seed + 3)
+        read = membership.audit_released_sets(near, masks, rng, nearness_any=near_any)
         if progress:
             progress("larger noise ratios", done, len(RATIO_FACTORS))
-        if read.auc <= cards.AUC_TO_AIM_AT:
-            return cards.Suggestion(round(ratio * factor, 3), read.auc)
-    return cards.Suggestion(None, read.auc)
+        if not read.exceeds(wanted):
+            return cards.Suggestion(round(ratio * factor, 3), read.strongest.auc)
+    return cards.Suggestion(None, read.strongest.auc)
 
 
 def run_controls(parts: Parts, settings: Settings, release: Release, progress: Progress | None = None) -> Controls:
@@ -301,10 +244,16 @@ def shadows_of(
         settings.recipe,
         seed=settings.seed + 1000,
         released=released,
+        any_class=_randomised(settings),
         device=settings.device,
         progress=(lambda done, of: progress(name, done, of)) if progress else None,
         kept=_kept(parts, settings, name, masks, vae),
     )
+
+
+def _randomised(settings: Settings) -> bool:
+    """Whether released labels are not exact, so that a record's own picture may stand in another class."""
+    return settings.label_epsilon is not None
 
 
 def _kept(
@@ -314,8 +263,8 @@ def _kept(
         return None
     data = [array for part in (parts.private, parts.public, parts.test) for array in part]
     weights = [value.cpu().numpy() for value in vae.state_dict().values()] if vae else []
-    decides = replace(settings, noise_seed=0, keep=None)  # the audit draws its own noise
-    return kept_rows.KeptRows(settings.keep, kept_rows.digest_of(name, decides, masks, *data, *weights))
+    decides = replace(settings, noise_seed=0, keep=None, limits=membership.LIMITS)  # the audit draws its own noise
+    return kept_rows.KeptRows(settings.keep, kept_rows.digest_of(ROW_FORMAT, name, decides, masks, *data, *weights))
 
 
 def _pool(parts: Parts, settings: Settings) -> tuple[tuple[Images, Labels], NDArray[np.bool_]]:
@@ -352,60 +301,6 @@ def pipeline_of(
     return pipeline
 
 
-def fill_card(parts: Parts, settings: Settings, release: Release, found: Study | None) -> cards.ReleaseCard:
-    """Put figures and words on the card."""
-    mechanism, config = release.mechanism, release.vae.config
-    budget = (settings.dp.epsilon, settings.dp.delta) if settings.vae_from == "dp" and settings.dp else None
-    proved = generator.guarantee(mechanism, config.latent_dim, parts.classes, settings.vae_from, budget)
-    noised = mechanism.mode == "noised"
-    card = cards.ReleaseCard(
-        data=parts.name,
-        records=len(parts.private[0]),
-        released=len(release.images),
-        mode=mechanism.mode,
-        latent_dim=config.latent_dim,
-        clip_radius=mechanism.clip_radius,
-        latent_rms=mechanism.latent_rms,
-        noise_ratio=mechanism.noise_ratio(config.latent_dim) if noised else None,
-        epsilon_metric=mechanism.epsilon if noised else None,
-        kappa=proved.kappa,
-        epsilon=proved.epsilon,
-        delta=proved.delta,
-        advantage_bound=proved.advantage_bound,
-        copies=mechanism.copies,
-        extra=mechanism.extra,
-        vae_trained_on=settings.vae_from,
-        vae_images=len((parts.public if settings.vae_from == "public" else parts.private)[0]),
-        vae_budget=budget,
-        labels="exact" if mechanism.label_epsilon is None else f"randomised_response:{mechanism.label_epsilon:g}",
-        claim=proved.claim,
-        held_out=parts.note,
-        warnings=_warnings(parts, settings, release),
-    )
-    if found is None:
-        return replace(card, recommendation=cards.recommend(card))
-    card = replace(
-        card,
-        accuracy_synthetic=float(found.synthetic.mean()),
-        audit={**found.audit.as_json(), "verdict": found.audit.verdict()},
-        suggestion=found.suggestion,
-        warnings=[*card.warnings, *found.audit.warnings],
-    )
-    return with_controls(card, found.controls) if found.controls else card
-
-
-def with_controls(card: cards.ReleaseCard, controls: Controls) -> cards.ReleaseCard:
-    """Put the controls' accuracies beside the release's, and the recommendation that follows."""
-    prior = controls.prior_samples
-    card = replace(
-        card,
-        accuracy_real=float(controls.real.mean()),
-        accuracy_public_only=float(controls.public_only.mean()),
-        accuracy_prior_samples=None if prior is None else float(prior.mean()),
-    )
-    return replace(card, recommendation=cards.recommend(card))
-
-
 def prior_settings(settings: Settings) -> Settings:
     """The control with no private code at all: as many pictures, all from the generator."""
     total = settings.copies + settings.extra
@@ -436,15 +331,20 @@ def _config(parts: Parts, settings: Settings) -> VaeConfig:
 def mechanism_of(vae: Vae, parts: Parts, settings: Settings) -> generator.Mechanism:
     """The mechanism of these settings, scaled by the codes of the public images."""
     scale = generator.latent_scale(vae, *_within(parts.public, vae.config.classes))
+    return _mechanism(scale, vae.config.latent_dim, parts, settings)
+
+
+def _mechanism(scale: generator.LatentScale, dim: int, parts: Parts, settings: Settings) -> generator.Mechanism:
     return generator.mechanism_for(
         scale,
-        vae.config.latent_dim,
+        dim,
         noise_ratio=settings.noise_ratio,
         epsilon=settings.epsilon,
         mode=settings.mode,
         copies=settings.copies,
         extra=settings.extra,
         label_epsilon=settings.label_epsilon,
+        classes=parts.classes,
     )
 
 
@@ -470,17 +370,3 @@ def public_only(parts: Parts, settings: Settings) -> membership_shadows.Pipeline
         return parts.public[0][rows], parts.public[1][rows]
 
     return pipeline
-
-
-def _warnings(parts: Parts, settings: Settings, release: Release) -> list[str]:
-    found = [] if "held out" not in parts.note else [parts.note]
-    if settings.vae_from == "private":
-        found.append("the VAE saw the private records without DP-SGD: its weights give members away")
-    if settings.mode == "unsafe_no_noise":
-        found.append("no noise: this release gives members away")
-    ratio = release.mechanism.noise_ratio(release.vae.config.latent_dim)
-    if math.isfinite(ratio) and ratio < 1.5:
-        found.append(f"noise ratio {ratio:.2f}: below about 2 the released-set attack was measured to succeed")
-    if parts.private[0].shape[3] == 3:
-        found.append("colour pictures: the VAE loses much accuracy before any noise, and no level of AUC is promised")
-    return found

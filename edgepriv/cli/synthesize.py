@@ -14,9 +14,11 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from edgepriv.cli.synthesis_parts import Parts
     from edgepriv.cli.synthesis_study import Release, Settings
     from edgepriv.synthesis.card import ReleaseCard
 
+VAE_DELTA = 1e-5
 SECONDS_BETWEEN_LINES = 10.0  # where progress goes to a file
 
 
@@ -39,7 +41,7 @@ SECONDS_BETWEEN_LINES = 10.0  # where progress goes to a file
 @click.option("--label-epsilon", type=float, help="Release labels by randomised response with this epsilon.")
 @click.option("--vae", "vae_from", type=click.Choice(["public", "private", "dp"]), default="public", show_default=True)
 @click.option("--vae-epsilon", type=float, help="With --vae dp: epsilon of the VAE's training.")
-@click.option("--vae-delta", type=float, default=1e-5, show_default=True, help="With --vae dp: its delta.")
+@click.option("--vae-delta", type=float, help="With --vae dp: its delta; default 1e-5.")
 @click.option("--conditional/--no-conditional", default=True, help="Whether the VAE is given labels.")
 @click.option("--latent-dim", type=int, help="Latent dimensions; the default depends on the size of the pictures.")
 @click.option("--vae-epochs", type=click.IntRange(min=1), help="Epochs of the VAE.")
@@ -56,7 +58,12 @@ SECONDS_BETWEEN_LINES = 10.0  # where progress goes to a file
     help="Private records that are audited.",
 )
 @click.option("--no-audit", is_flag=True, help="Skip accuracies and audit; the card then recommends nothing.")
-@click.option("--keep-vae/--drop-vae", default=True, help="Put the VAE beside the release where it may travel.")
+@click.option(
+    "--keep-vae/--drop-vae",
+    default=None,
+    help="Whether the VAE goes beside the release. By default it does, but not where it saw a held-out part of --data "
+    "without DP-SGD: --keep-vae publishes that too. One that saw the private records without DP-SGD never does.",
+)
 @click.option("--limit", type=click.IntRange(min=1), help="Use only the first pictures of each set.")
 @click.option(
     "--seed",
@@ -66,7 +73,9 @@ SECONDS_BETWEEN_LINES = 10.0  # where progress goes to a file
 @click.option("--device", default="cpu", show_default=True, help="torch device.")
 @click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True, help="CPU threads.")
 @click.option(
-    "--max-auc", type=click.FloatRange(0, 1), help="End with exit code 3 when the strongest attack's AUC is above this."
+    "--max-auc",
+    type=click.FloatRange(0, 1),
+    help="What the audit calls a leak instead of 0.60; it then ends with exit code 3 on a leak or a void audit.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the card as JSON.")
 def synthesize(
@@ -87,6 +96,8 @@ def synthesize(
         raise ConfigError(f"{out} exists already", hint="a release is never overwritten: name a new directory")
     if options["max_auc"] is not None and options["no_audit"]:
         raise ConfigError("--max-auc needs the audit", hint="drop --no-audit")
+    if options["vae_from"] != "dp" and (options["vae_epsilon"], options["vae_delta"]) != (None, None):
+        raise ConfigError("--vae-epsilon and --vae-delta have no effect without --vae dp", hint="add --vae dp")
     use_threads(options["threads"])
     check_device(options["device"])
     private = datasets.load(data, split="all", limit=limit)
@@ -102,28 +113,32 @@ def synthesize(
     release = synthesis_study.make_release(parts, settings, checkpoint, _progress())
     found = None if options["no_audit"] else synthesis_study.study(parts, settings, release, _progress())
     card = synthesis_study.fill_card(parts, settings, release, found)
-    _write(out, card, release, settings, keep_vae=options["keep_vae"])
+    _write(out, card, release, settings, keep_vae=_vae_travels(options["keep_vae"], settings, parts))
     checkpoint.unlink(missing_ok=True)
     shutil.rmtree(rows, ignore_errors=True)
     click.echo(json.dumps(card.as_json()) if options["as_json"] else _summary(card, out))
-    _refuse_above(card, options["max_auc"])
+    if options["max_auc"] is not None:
+        _refuse_leaks(card)
 
 
 def _settings(options: dict[str, Any], shape: tuple[int, ...]) -> Settings:
     from edgepriv.cli.synthesis_study import Settings
+    from edgepriv.risk.membership.audit import LIMITS
     from edgepriv.risk.membership.classifier import Recipe
     from edgepriv.synthesis.training import DpSgd
 
     small = shape[0] * shape[1] * shape[2] <= 100
-    seed = options["seed"]
+    seed, budget, max_auc = options["seed"], options["vae_epsilon"], options["max_auc"]
+    delta = VAE_DELTA if options["vae_delta"] is None else options["vae_delta"]
     same = ("noise_ratio", "epsilon", "mode", "copies", "label_epsilon", "vae_from", "conditional", "latent_dim")
     return Settings(
         **{name: options[name] for name in (*same, "vae_epochs", "beta", "targets", "audit_records", "device")},
-        dp=DpSgd(options["vae_epsilon"], options["vae_delta"]) if options["vae_epsilon"] is not None else None,
+        dp=DpSgd(budget, delta) if budget is not None else None,
         extra=_extra(options, small=small),
         recipe=Recipe(epochs=options["epochs"] or (60 if small else 30)),
         seed=seed or 0,
         noise_seed=secrets.randbits(60) if seed is None else seed + 1,
+        limits=LIMITS if max_auc is None else replace(LIMITS, auc=max_auc),
     )
 
 
@@ -135,6 +150,13 @@ def _extra(options: dict[str, Any], *, small: bool) -> int:
     return 3 if small else 1
 
 
+def _vae_travels(wish: bool | None, settings: Settings, parts: Parts) -> bool:
+    """Never where it saw the private records without DP-SGD; where it saw a held-out part so, on demand alone."""
+    if settings.vae_from == "private":
+        return False
+    return wish if wish is not None else settings.vae_from == "dp" or not parts.held_out
+
+
 def _write(out: Path, card: ReleaseCard, release: Release, settings: Settings, *, keep_vae: bool) -> None:
     from edgepriv.cli.synthesis_study import prior_pictures
     from edgepriv.synthesis.card import picture_grid
@@ -144,8 +166,7 @@ def _write(out: Path, card: ReleaseCard, release: Release, settings: Settings, *
     if settings.conditional:
         sample = picture_grid(*prior_pictures(release, settings.seed))
         pictures["The generator alone (no record's code)"] = sample
-    vae = release.vae if keep_vae and settings.vae_from != "private" else None
-    write_release(out, release.images, release.labels, card, pictures, vae)
+    write_release(out, release.images, release.labels, card, pictures, release.vae if keep_vae else None)
 
 
 def _summary(card: ReleaseCard, out: Path) -> str:
@@ -157,6 +178,7 @@ def _summary(card: ReleaseCard, out: Path) -> str:
             "public data alone": card.accuracy_public_only,
             "generator samples": card.accuracy_prior_samples,
         }
+        lines.append(card.measured_on)
         lines.append(
             "accuracy: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items() if value is not None)
         )
@@ -164,13 +186,12 @@ def _summary(card: ReleaseCard, out: Path) -> str:
     return "\n".join([*lines, f"recommendation: {card.recommendation}"])
 
 
-def _refuse_above(card: ReleaseCard, max_auc: float | None) -> None:
+def _refuse_leaks(card: ReleaseCard) -> None:
     from edgepriv.errors import RiskThresholdError
 
-    if max_auc is not None and card.audit and card.audit["auc"] > max_auc:
+    if card.audit and card.audit["outcome"] in {"leak", "void"}:
         raise RiskThresholdError(
-            f"{card.audit['strongest']} reaches AUC {card.audit['auc']:.3f}, above {max_auc:g}",
-            hint="raise --noise-ratio, or release generator samples with --mode prior",
+            card.audit["verdict"], hint="raise --noise-ratio, or release generator samples with --mode prior"
         )
 
 

@@ -19,13 +19,14 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["AUC_TO_AIM_AT", "AUC_TO_REFUSE", "ReleaseCard", "Suggestion", "picture_grid", "recommend", "render_html"]
+__all__ = ["AUC_TO_AIM_AT", "ReleaseCard", "Suggestion", "picture_grid", "recommend", "render_html"]
 
 SCHEMA = "edgepriv.release-card/1"
 AS_GOOD_WITHIN = 0.005
-AUC_TO_REFUSE = 0.60
 AUC_TO_AIM_AT = 0.57
-WORDED = frozenset({"recommendation", "claim", "warnings", "suggestion"})  # told in sentences, not in the table
+WORDED = frozenset(
+    {"recommendation", "claim", "warnings", "suggestion", "measured_on"}
+)  # told in sentences, not in the table
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,11 @@ class Suggestion:
 
 @dataclass(frozen=True, slots=True)
 class ReleaseCard:
-    """Every figure of a release; accuracies are shares of held-out private-side images, None where not measured."""
+    """Every figure of a release; accuracies are shares of held-out private-side images, None where not measured.
+
+    ``audit`` is the audit's report with its ``outcome``, ``verdict`` and ``limits``; ``measured_on`` says what models
+    the accuracies and the audit are of.
+    """
 
     data: str
     records: int
@@ -68,6 +73,9 @@ class ReleaseCard:
     recommendation: str = ""
     audit: dict[str, Any] | None = None
     suggestion: Suggestion | None = None
+    classes: int = 0
+    class_names: list[str] = field(default_factory=list)
+    measured_on: str = ""
     warnings: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
@@ -86,29 +94,48 @@ def _plain(value: Any) -> Any:
 
 
 def recommend(card: ReleaseCard) -> str:
-    """Say whether to release, and what to do where something else is as good."""
-    synthetic = card.accuracy_synthetic
-    if synthetic is None:
+    """Say whether to release, and what to do where something else is as good.
+
+    "Release" follows from the audit's outcome ``none`` alone: an audit that is void, weak or found a leak never does.
+    """
+    synthetic, audit = card.accuracy_synthetic, card.audit
+    if synthetic is None or not audit:
         return "Not measured: run without --no-audit before anything is released."
-    advice = [*_leaks(card), *_alternatives(card, synthetic)]
+    advice = [*_leaks(card, audit), *_alternatives(card, synthetic)]
     if not advice:
-        gain = _gain(card, synthetic)
-        advice = [f"Release: it gains {gain} and no attack that was run passed AUC {AUC_TO_REFUSE:.2f}."]
+        limits = audit["limits"]
+        advice = [
+            (
+                f"Release: it gains {_gain(card, synthetic)}, and no attack that was run passed AUC "
+                f"{limits['auc']:.2f} or told more than {limits['tpr']:.0%} of the members at "
+                f"{limits['rate']:.1%} false alarms."
+            )
+        ]
     return " ".join(advice)
 
 
-def _leaks(card: ReleaseCard) -> list[str]:
+def _leaks(card: ReleaseCard, audit: dict[str, Any]) -> list[str]:
     found = []
     if card.vae_trained_on == "private":
         found.append(
             "Do not release as it stands: the VAE saw the private records; train it on public data or by DP-SGD."
         )
-    if card.audit and card.audit["auc"] > AUC_TO_REFUSE:
-        found.append(
-            f"Do not release: {card.audit['strongest']} tells members apart with AUC {card.audit['auc']:.3f}; "
-            + _louder(card.suggestion)
-        )
+    if audit["outcome"] == "void":
+        found.append("Do not release: the audit is void, so nothing was shown about this release.")
+    elif audit["outcome"] == "weak":
+        found.append(f"Do not release yet: the audit shows little ({'; '.join(audit['weak_because'])}).")
+    elif audit["outcome"] == "leak":
+        found.append(f"Do not release: {_caught(audit)}; {_louder(card.suggestion)}")
     return found
+
+
+def _caught(audit: dict[str, Any]) -> str:
+    limits = audit["limits"]
+    worst = audit.get("max_tpr_at_1pct" if limits["rate"] >= 0.01 else "max_tpr_at_01pct")
+    told = f"{audit['strongest']} tells members apart with AUC {audit['auc']:.3f}"
+    if worst and worst["tpr"] > limits["tpr"]:
+        told += f", and {worst['attack']} finds {worst['tpr']:.1%} of them at {limits['rate']:.1%} false alarms"
+    return told
 
 
 def _louder(suggestion: Suggestion | None) -> str:
@@ -131,7 +158,7 @@ def _alternatives(card: ReleaseCard, synthetic: float) -> list[str]:
                 "and no private record is touched."
             )
         ]
-    if prior is not None and prior >= synthetic - AS_GOOD_WITHIN:
+    if card.mode != "prior" and prior is not None and prior >= synthetic - AS_GOOD_WITHIN:
         return [
             (
                 f"Release generator samples instead (--mode prior): {prior:.3f} against {synthetic:.3f}, "
@@ -142,7 +169,8 @@ def _alternatives(card: ReleaseCard, synthetic: float) -> list[str]:
 
 
 def _gain(card: ReleaseCard, synthetic: float) -> str:
-    others = [a for a in (card.accuracy_public_only, card.accuracy_prior_samples) if a is not None]
+    prior = None if card.mode == "prior" else card.accuracy_prior_samples
+    others = [a for a in (card.accuracy_public_only, prior) if a is not None]
     if not others:
         return f"an accuracy of {synthetic:.3f}"
     return f"{100 * (synthetic - max(others)):.1f} points over what needs no private record"
@@ -183,7 +211,7 @@ def render_html(card: ReleaseCard, pictures: dict[str, bytes]) -> str:
         claim=html.escape(card.claim),
         warnings=f"<h2>Warnings</h2><ul>{warnings}</ul>" if warnings else "",
         rows=rows,
-        audit=_audit_table(audit),
+        audit=_audit_table(audit, card.measured_on),
         pictures=shown,
     )
 
@@ -193,7 +221,7 @@ def _row(key: str, value: Any) -> str:
     return f"<tr><th scope=row>{html.escape(key.replace('_', ' '))}</th><td>{html.escape(text)}</td></tr>"
 
 
-def _audit_table(audit: dict[str, Any] | None) -> str:
+def _audit_table(audit: dict[str, Any] | None, measured_on: str) -> str:
     if not audit:
         return "<p>No audit was run.</p>"
     head = "<tr><th>attack</th><th>surface</th><th>AUC</th><th>95 % interval</th><th>TPR at 1 % FPR</th></tr>"
@@ -203,7 +231,11 @@ def _audit_table(audit: dict[str, Any] | None) -> str:
         f"<td>{a['auc_interval'][0]:.3f} to {a['auc_interval'][1]:.3f}</td><td>{_share(a['tpr_at_1pct'])}</td></tr>"
         for a in audit.get("attacks", [])
     )
-    note = html.escape(f"{audit.get('verdict', '')} Null (permuted membership): AUC {audit['null_auc']:.3f}.")
+    noise = audit.get("noise_null")
+    nulls = f"Null (permuted membership): AUC {audit['null_auc']:.3f}" + (
+        "." if noise is None else f"; null (random scores): {noise:.3f}."
+    )
+    note = html.escape(f"{audit.get('verdict', '')} {nulls} {measured_on}")
     return f"<p>{note}</p><table>{head}{body}</table>"
 
 

@@ -42,7 +42,8 @@ class Mechanism:
     """What turns one record into synthetic ones; ``epsilon`` is per unit of latent distance.
 
     ``extra`` pictures a record are decoded from N(0, I) under the record's released label: they carry no code, so they
-    cost nothing beyond the label, and they fill the release where noise has thinned it out.
+    cost nothing beyond the label, and they fill the release where noise has thinned it out. ``classes`` is needed with
+    ``label_epsilon`` alone, and must not be counted on the private labels.
     """
 
     mode: Mode
@@ -53,6 +54,7 @@ class Mechanism:
     copies: int = 1
     label_epsilon: float | None = None
     extra: int = 0
+    classes: int = 0
 
     def noise_ratio(self, dim: int) -> float:
         """Noise over latent standard deviation, per coordinate."""
@@ -75,14 +77,22 @@ def mechanism_for(
     copies: int = 1,
     label_epsilon: float | None = None,
     extra: int = 0,
+    classes: int = 0,
 ) -> Mechanism:
     """Choose the clip radius and, from the noise ratio (default 2) or ``epsilon``, the noise.
 
     Raises:
-        ConfigError: both knobs given, or one that is not positive.
+        ConfigError: both knobs given, one that is not positive or has no effect in this mode, or randomised labels
+            of fewer than two classes.
     """
     if noise_ratio is not None and epsilon is not None:
         raise ConfigError("give a noise ratio or an epsilon, not both")
+    if mode != "noised" and (noise_ratio, epsilon) != (None, None):
+        raise ConfigError(f"mode {mode} adds no noise to codes, so that a noise ratio or an epsilon has no effect")
+    if label_epsilon is not None:
+        if classes < 2:
+            raise ConfigError(f"randomised response needs at least 2 classes, not {classes}")
+        accountant.randomised_response_keep(label_epsilon, classes)  # refuses what is not positive
     if copies < 1 or extra < 0:
         raise ConfigError(f"the copies of a record must be at least 1, not {copies}; its extra pictures at least 0")
     if mode == "noised" and epsilon is None:
@@ -92,7 +102,7 @@ def mechanism_for(
     radius = CLIP_FACTOR * scale.mean_norm
     unbounded = 0.0 if mode == "prior" else math.inf
     chosen = epsilon if mode == "noised" and epsilon else unbounded
-    return Mechanism(mode, chosen, radius, scale.rms, True, copies, label_epsilon, extra)
+    return Mechanism(mode, chosen, radius, scale.rms, True, copies, label_epsilon, extra, classes)
 
 
 def synthesize(
@@ -111,7 +121,7 @@ def synthesize(
             "pictures without a record's code need a VAE that is given labels: without them their labels mean nothing",
             hint="use --conditional, or --extra 0 and --mode noised",
         )
-    released = _released_labels(labels, mechanism, vae.config.classes, rng)
+    released = _released_labels(labels, mechanism, rng)
     codes = np.tile(_codes(vae, images, labels, mechanism), (mechanism.copies, 1))
     if mechanism.mode == "noised":
         codes = metric_privacy.add_noise(codes, mechanism.epsilon, rng)
@@ -131,12 +141,12 @@ def _codes(vae: Vae, images: NDArray[np.uint8], labels: NDArray[np.int64], mecha
     return means if mechanism.mode == "unsafe_no_noise" else metric_privacy.clip(means, mechanism.clip_radius)
 
 
-def _released_labels(
-    labels: NDArray[np.int64], mechanism: Mechanism, classes: int, rng: np.random.Generator
-) -> NDArray[np.int64]:
+def _released_labels(labels: NDArray[np.int64], mechanism: Mechanism, rng: np.random.Generator) -> NDArray[np.int64]:
     if mechanism.label_epsilon is None:
         return labels.copy()
-    count = classes or int(labels.max()) + 1
+    count = mechanism.classes
+    if len(labels) and labels.max() >= count:
+        raise DataError(f"label {labels.max()} lies outside the {count} classes of the randomised response")
     keep = accountant.randomised_response_keep(mechanism.label_epsilon, count)
     moved = (labels + rng.integers(1, count, len(labels))) % count
     return np.where(rng.random(len(labels)) < keep, labels, moved)
@@ -149,7 +159,7 @@ def _means(vae: Vae, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> ND
         vae.encode(to_tensor(images[i : i + CHUNK], device), torch.tensor(labels[i : i + CHUNK], device=device))[0]
         for i in range(0, len(images), CHUNK)
     ]
-    return torch.cat(parts).double().cpu().numpy()
+    return torch.cat(parts).cpu().double().numpy()  # a GPU may lack doubles
 
 
 @torch.no_grad()
@@ -165,7 +175,10 @@ def _decode(vae: Vae, codes: NDArray[np.float64], labels: NDArray[np.int64]) -> 
 
 @dataclass(frozen=True, slots=True)
 class Guarantee:
-    """What the accountant proves about one record; None where nothing is proved."""
+    """What the accountant proves about one record; None where nothing is proved.
+
+    With a VAE that saw the private records without DP-SGD nothing is: ``kappa`` is then a figure of the noise alone.
+    """
 
     kappa: float | None
     epsilon: float | None
@@ -177,7 +190,6 @@ class Guarantee:
 def guarantee(
     mechanism: Mechanism,
     dim: int,
-    classes: int,
     trained_on: str,
     training_budget: tuple[float, float] | None = None,
     delta: float = 1e-5,
@@ -187,7 +199,6 @@ def guarantee(
     Args:
         mechanism: what was applied.
         dim: latent dimensions.
-        classes: number of classes, for randomised response.
         trained_on: ``public``, ``private`` or ``dp``: what the VAE saw.
         training_budget: (epsilon, delta) of DP-SGD under add-or-remove-one, for ``dp``.
         delta: where the curve of the noise is read.
@@ -197,17 +208,19 @@ def guarantee(
             None, None, None, None, "No noise was added: each record's own code was decoded. No guarantee."
         )
     label_epsilon = mechanism.label_epsilon or 0.0
-    if mechanism.mode == "prior":
-        kappa, epsilon, spent, bound = 0.0, 0.0, 0.0, 0.0
-    else:
-        kappa = accountant.kappa(mechanism.clip_radius, mechanism.epsilon, mechanism.copies)
-        one = accountant.loss_distribution(kappa / mechanism.copies, dim)
-        loss = one.composed(mechanism.copies)
+    coded = mechanism.mode != "prior"
+    noise = accountant.kappa(mechanism.clip_radius, mechanism.epsilon, mechanism.copies) if coded else 0.0
+    kappa = noise + label_epsilon
+    if trained_on == "private":
+        return Guarantee(kappa, None, None, None, _disclaimer(kappa))
+    epsilon, spent, bound = 0.0, 0.0, 0.0
+    if coded:
+        loss = accountant.loss_distribution(noise / mechanism.copies, dim).composed(mechanism.copies)
         epsilon, spent, bound = loss.epsilon(delta), delta, loss.advantage_bound()
     if label_epsilon:
-        keep = accountant.randomised_response_keep(label_epsilon, classes)
-        bound = min(1.0, bound + keep - (1 - keep) / (classes - 1))
-        epsilon, kappa = epsilon + label_epsilon, kappa + label_epsilon
+        keep = accountant.randomised_response_keep(label_epsilon, mechanism.classes)
+        bound = min(1.0, bound + keep - (1 - keep) / (mechanism.classes - 1))
+        epsilon += label_epsilon
     if trained_on == "dp" and training_budget:
         epsilon, spent = accountant.compose_with_training((epsilon, spent), training_budget)
         bound = accountant.advantage_of(epsilon, spent)
@@ -215,15 +228,17 @@ def guarantee(
     return Guarantee(kappa, epsilon, spent, bound, words)
 
 
+def _disclaimer(kappa: float) -> str:
+    return (
+        "An empirical defence only. The VAE was trained on the private records without DP-SGD, so its weights leak and "
+        f"nothing is proved about a record. kappa {kappa:.2f} is a figure of the noise alone, for a VAE that had not "
+        "seen the records."
+    )
+
+
 def _claim(mechanism: Mechanism, trained_on: str, kappa: float, spent: tuple[float, float], bound: float) -> str:
     given = "" if mechanism.label_epsilon else " given its label, which is released as it is"
     worth = "close to vacuous" if bound > 0.9 else "weak" if bound > 0.5 else "meaningful"
-    if trained_on == "private":
-        return (
-            "An empirical defence only. The VAE was trained on the private records without DP-SGD, so its weights leak "
-            f"and nothing is proved about them. For a fixed VAE the noise alone gives kappa {kappa:.2f} and an "
-            f"advantage bound of {bound:.3f} ({worth}) about a record{given}."
-        )
     weights = "trained without the private records" if trained_on == "public" else "trained on them by DP-SGD"
     return (
         f"With the VAE {weights}, each released picture is ({spent[0]:.2f}, {spent[1]:.1e})-differentially private "

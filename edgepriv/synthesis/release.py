@@ -72,6 +72,8 @@ def read_card(release: Path) -> dict[str, Any]:
         DataError: not a card of this schema.
     """
     path = release / "card.json"
+    if not release.exists():
+        raise MissingFileError(f"no such release: {release}")
     if not path.is_file():
         raise MissingFileError(f"{release} is not a release: it has no card.json")
     try:
@@ -102,6 +104,7 @@ def mechanism_of(card: dict[str, Any]) -> Mechanism:
             copies=int(card["copies"]),
             label_epsilon=float(label_epsilon) if kind != "exact" else None,
             extra=int(card["extra"]),
+            classes=int(card["classes"]) if kind != "exact" else 0,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"the release card lacks or garbles {error}") from error

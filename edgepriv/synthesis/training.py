@@ -116,12 +116,23 @@ def train_vae(
     return vae
 
 
+def _adamw(parameters: list[torch.nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+    """AdamW, fused where the device can: some torch versions refuse at the first step alone, so one is tried."""
+    trial = torch.nn.Parameter(torch.zeros(1, device=parameters[0].device))
+    trial.grad = torch.zeros_like(trial)
+    try:
+        torch.optim.AdamW([trial], fused=True).step()
+    except RuntimeError:
+        return torch.optim.AdamW(parameters, lr=learning_rate)
+    return torch.optim.AdamW(parameters, lr=learning_rate, fused=True)
+
+
 class _PlainTrainer:
     """AdamW over shuffled batches."""
 
     def __init__(self, vae: Vae, seed: int) -> None:
         self.vae, self.seed = vae, seed
-        self.optimizer: Any = torch.optim.AdamW(vae.parameters(), lr=vae.config.learning_rate, fused=True)
+        self.optimizer: Any = _adamw(list(vae.parameters()), vae.config.learning_rate)
         self.inner: Any = self.optimizer
         self.call: Any = vae
 

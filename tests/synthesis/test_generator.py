@@ -143,10 +143,29 @@ def test_a_prior_release_does_not_depend_on_the_private_pixels(digits, vae):
 
 
 def test_randomised_labels_are_kept_at_the_promised_rate(digits, vae):
-    made = mechanism(vae, digits, mode="prior", label_epsilon=1.5)
+    made = mechanism(vae, digits, mode="prior", label_epsilon=1.5, classes=10)
     rng = np.random.default_rng(0)
-    kept = [(generator._released_labels(digits.labels, made, 10, rng) == digits.labels).mean() for _ in range(40)]
+    kept = [(generator._released_labels(digits.labels, made, rng) == digits.labels).mean() for _ in range(40)]
     assert np.mean(kept) == pytest.approx(np.exp(1.5) / (np.exp(1.5) + 9), abs=0.02)
+
+
+def test_randomised_labels_do_not_depend_on_which_classes_the_private_records_have(digits, vae):
+    """Without labels in the VAE the number of classes came from the private labels: it is a part of the mechanism."""
+    bare = training.train_vae(digits.images, digits.labels, default_config((8, 8, 1), 0, epochs=1, hidden=16), seed=1)
+    made, few = mechanism(bare, digits, label_epsilon=0.1, classes=10), digits.labels < 3
+    labels = generator.synthesize(bare, digits.images[few], digits.labels[few], made, np.random.default_rng(0))[1]
+    assert set(labels) == set(range(10))
+    with pytest.raises(DataError, match="outside the 3 classes"):
+        generator.synthesize(bare, digits.images, digits.labels, replace(made, classes=3), np.random.default_rng(0))
+
+
+def test_an_optimiser_that_cannot_be_fused_is_replaced_by_one_that_need_not():
+    from edgepriv.risk.membership import classifier
+
+    weights = [torch.nn.Parameter(torch.zeros(2, device="meta"))]  # a device without the kernel
+    for adamw in (training._adamw, classifier._adamw):
+        assert not adamw(weights, 1e-3).param_groups[0]["fused"]
+        assert adamw([torch.nn.Parameter(torch.zeros(2))], 1e-3).param_groups[0]["fused"]
 
 
 def test_clipping_bounds_what_reaches_the_noise(digits, vae):
@@ -156,24 +175,29 @@ def test_clipping_bounds_what_reaches_the_noise(digits, vae):
 
 def test_the_claim_never_promises_what_private_weights_break(digits, vae):
     made = mechanism(vae, digits)
-    private = generator.guarantee(made, 12, 10, "private").claim
-    assert "differentially" not in private.lower()
-    assert "kappa" in private
-    public = generator.guarantee(made, 12, 10, "public")
+    for private in (made, mechanism(vae, digits, mode="prior")):
+        found = generator.guarantee(private, 12, "private")
+        assert "differentially" not in found.claim.lower()
+        assert "kappa" in found.claim
+        assert "bound" not in found.claim
+        assert "meaningful" not in found.claim
+        assert found.kappa is not None
+        assert (found.epsilon, found.delta, found.advantage_bound) == (None, None, None)
+    public = generator.guarantee(made, 12, "public")
     assert "differentially private" in public.claim
     assert "given its label" in public.claim
     assert public.kappa == pytest.approx(2 * made.clip_radius * made.epsilon)
-    bare = generator.guarantee(mechanism(vae, digits, mode="unsafe_no_noise"), 12, 10, "public")
+    bare = generator.guarantee(mechanism(vae, digits, mode="unsafe_no_noise"), 12, "public")
     assert bare.epsilon is None
     assert "differentially" not in bare.claim
 
 
 def test_what_labels_training_and_copies_cost_is_added(digits, vae):
-    one = generator.guarantee(mechanism(vae, digits), 12, 10, "public")
-    two = generator.guarantee(mechanism(vae, digits, copies=2), 12, 10, "public")
-    labelled = generator.guarantee(mechanism(vae, digits, label_epsilon=1.0), 12, 10, "public")
-    trained = generator.guarantee(mechanism(vae, digits), 12, 10, "dp", (2.0, 1e-5))
-    prior = generator.guarantee(mechanism(vae, digits, mode="prior"), 12, 10, "public")
+    one = generator.guarantee(mechanism(vae, digits), 12, "public")
+    two = generator.guarantee(mechanism(vae, digits, copies=2), 12, "public")
+    labelled = generator.guarantee(mechanism(vae, digits, label_epsilon=1.0, classes=10), 12, "public")
+    trained = generator.guarantee(mechanism(vae, digits), 12, "dp", (2.0, 1e-5))
+    prior = generator.guarantee(mechanism(vae, digits, mode="prior"), 12, "public")
     assert two.kappa == pytest.approx(2 * one.kappa)
     assert two.epsilon > one.epsilon
     assert labelled.epsilon == pytest.approx(one.epsilon + 1.0)
@@ -190,6 +214,10 @@ def test_what_labels_training_and_copies_cost_is_added(digits, vae):
         ({"noise_ratio": 0.0}, "noise ratio"),
         ({"noise_ratio": 2.0, "epsilon": 1.0}, "not both"),
         ({"copies": 0}, "copies"),
+        ({"mode": "prior", "noise_ratio": 2.0}, "no effect"),
+        ({"mode": "unsafe_no_noise", "epsilon": -1.0}, "no effect"),
+        ({"label_epsilon": 1.0}, "at least 2 classes"),
+        ({"label_epsilon": 0.0, "classes": 10}, "label epsilon must be a positive"),
     ],
 )
 def test_a_wrong_knob_is_a_clear_error(changes, words):
@@ -222,7 +250,7 @@ def example_card(**changes):
 
 
 def test_a_release_is_read_back_as_a_data_set_and_as_a_mechanism(tmp_path, digits, vae):
-    card, out = example_card(labels="randomised_response:1.5"), tmp_path / "out"
+    card, out = example_card(labels="randomised_response:1.5", classes=10), tmp_path / "out"
     write_release(out, digits.images, digits.labels, card, {"pictures": b"png"}, vae)
     loaded = datasets.load(out, split="all")
     assert len(loaded) == 300
@@ -257,18 +285,39 @@ def test_a_broken_card_is_a_clear_error(tmp_path):
         mechanism_of({"schema": cards.SCHEMA, "labels": "exact", "mode": "noised"})
 
 
+def audited(outcome="none", **changes):
+    limits = {"auc": 0.60, "tpr": 0.05, "rate": 0.01}
+    fields = {"outcome": outcome, "auc": 0.52, "strongest": "lira", "limits": limits, "weak_because": ["few shadows"]}
+    return {**fields, "max_tpr_at_1pct": {"attack": "nearest", "tpr": 0.012}, **changes}
+
+
 def test_the_recommendation_names_what_is_as_good_and_what_leaks():
     measured = {"accuracy_synthetic": 0.90, "accuracy_public_only": 0.92, "accuracy_prior_samples": 0.8}
-    assert "public data alone" in cards.recommend(example_card(**measured))
+    fine = audited()
+    assert "public data alone" in cards.recommend(example_card(**measured, audit=fine))
     measured["accuracy_public_only"] = 0.5
-    assert "Release: it gains" in cards.recommend(example_card(**measured, audit={"auc": 0.52, "strongest": "lira"}))
-    assert "raise --noise-ratio" in cards.recommend(example_card(**measured, audit={"auc": 0.9, "strongest": "lira"}))
-    caught = {**measured, "audit": {"auc": 0.9, "strongest": "nearest_lira"}}
+    assert "Release: it gains" in cards.recommend(example_card(**measured, audit=fine))
+    caught = {**measured, "audit": audited("leak", auc=0.9, strongest="nearest_lira")}
+    assert "raise --noise-ratio" in cards.recommend(example_card(**caught))
     louder = cards.recommend(example_card(**caught, suggestion=cards.Suggestion(6.0, 0.55)))
     assert "with --noise-ratio 6 " in louder
     assert "audited whole" in louder
     assert "--mode prior" in cards.recommend(example_card(**caught, suggestion=cards.Suggestion(None, 0.6)))
-    assert "Do not release" in cards.recommend(example_card(**measured, vae_trained_on="private"))
+    assert "Do not release" in cards.recommend(example_card(**measured, audit=fine, vae_trained_on="private"))
     measured["accuracy_prior_samples"] = 0.9
-    assert "generator samples" in cards.recommend(example_card(**measured))
+    assert "generator samples" in cards.recommend(example_card(**measured, audit=fine))
+    assert "generator samples" not in cards.recommend(example_card(**measured, audit=fine, mode="prior"))
     assert "Not measured" in cards.recommend(example_card())
+    assert "Not measured" in cards.recommend(example_card(**measured))
+
+
+@pytest.mark.parametrize(
+    ("outcome", "words"), [("void", "audit is void"), ("weak", "few shadows"), ("leak", "finds 8.0% of them at 1.0%")]
+)
+def test_release_is_said_of_no_audit_but_one_that_found_nothing(outcome, words):
+    measured = {"accuracy_synthetic": 0.90, "accuracy_public_only": 0.5, "accuracy_prior_samples": 0.5}
+    judged = audited(outcome, max_tpr_at_1pct={"attack": "nearest", "tpr": 0.08})  # with a harmless AUC
+    told = cards.recommend(example_card(**measured, audit=judged))
+    assert told.startswith("Do not release")
+    assert words in told
+    assert "Release: it gains" not in told

@@ -85,7 +85,7 @@ def accuracy(model: nn.Module, images: NDArray[np.uint8], labels: NDArray[np.int
 
 
 def _fit(model: nn.Module, x: torch.Tensor, y: torch.Tensor, recipe: Recipe, seed: int) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, fused=True)
+    optimizer = _adamw(list(model.parameters()), recipe.learning_rate)
     draw = torch.Generator().manual_seed(seed + 1)
     for _ in range(recipe.epochs):
         for batch in torch.split(torch.randperm(len(x), generator=draw).to(x.device), recipe.batch_size):
@@ -93,6 +93,17 @@ def _fit(model: nn.Module, x: torch.Tensor, y: torch.Tensor, recipe: Recipe, see
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
+
+
+def _adamw(parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+    """AdamW, fused where the device can: some torch versions refuse at the first step alone, so one is tried."""
+    trial = nn.Parameter(torch.zeros(1, device=parameters[0].device))
+    trial.grad = torch.zeros_like(trial)
+    try:
+        torch.optim.AdamW([trial], fused=True).step()
+    except RuntimeError:
+        return torch.optim.AdamW(parameters, lr=learning_rate)
+    return torch.optim.AdamW(parameters, lr=learning_rate, fused=True)
 
 
 def _fit_private(model: nn.Module, x: torch.Tensor, y: torch.Tensor, recipe: Recipe, seed: int) -> None:

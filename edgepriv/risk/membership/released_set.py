@@ -1,7 +1,9 @@
-"""The attack on a released synthetic set: how near is the nearest released picture of the same class?
+"""The attack on a released synthetic set: how near is the nearest released picture of the same class, or of any?
 
 Attacker: holds the released pictures with their labels and the record in question; no model at all. Calibrated with
 shadow releases (``attacks.lira`` on these scores) it is the strongest attack known here on a release without noise.
+Where labels were released by randomised response a record's own picture mostly stands in another class, so that only
+``nearness_any``, which asks no class, sees it.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from edgepriv.errors import DataError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["nearness"]
+__all__ = ["nearness", "nearness_any"]
 
 BLOCK = 1024
 
@@ -37,14 +39,24 @@ def nearness(
     Returns:
         float64 [n]; a class that was not released counts as the largest possible distance.
     """
-    if images.shape[1:] != released.shape[1:]:
-        raise DataError(f"records are {images.shape[1:]}, released pictures {released.shape[1:]}")
+    _check(images, released)
     result = np.full(len(images), -float(np.sqrt(np.prod(images.shape[1:]))))
     for label in np.unique(labels):
         mine, theirs = np.nonzero(labels == label)[0], released[released_labels == label]
         if len(theirs):
             result[mine] = -_nearest(_flat(images[mine]), _flat(theirs))
     return result
+
+
+def nearness_any(images: NDArray[np.uint8], released: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """As ``nearness``, over the released pictures of all classes."""
+    _check(images, released)
+    return -_nearest(_flat(images), _flat(released))
+
+
+def _check(images: NDArray[np.uint8], released: NDArray[np.uint8]) -> None:
+    if images.shape[1:] != released.shape[1:]:
+        raise DataError(f"records are {images.shape[1:]}, released pictures {released.shape[1:]}")
 
 
 def _flat(images: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["calibrated_records", "check_arrays", "check_shadow_count", "draw_masks", "log_probability", "margin"]
 
 MARGIN_LIMIT = 30.0
+MAX_SHADOWS = 2048
 
 
 def draw_masks(models: int, records: int, rng: np.random.Generator, rate: float = 0.5) -> NDArray[np.bool_]:
@@ -54,6 +55,8 @@ def check_arrays(target: NDArray[np.floating], scores: NDArray[np.floating], mas
         )
     if masks.dtype != np.bool_:
         raise DataError(f"membership masks must be booleans, not {masks.dtype}")
+    if target.dtype.kind not in "fiu" or scores.dtype.kind not in "fiu":
+        raise DataError(f"scores must be numbers, not {target.dtype} and {scores.dtype}")
     if not (np.isfinite(target).all() and all(np.isfinite(row).all() for row in scores)):
         raise DataError("scores must be finite numbers")
 
@@ -65,18 +68,27 @@ def calibrated_records(masks: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return enough
 
 
-def check_shadow_count(shadows: int, false_positive_rate: float) -> None:
-    """Refuse too few shadows for a false-positive rate.
+def check_shadow_count(shadows: int, false_positive_rate: float, rate: float = 0.5) -> None:
+    """Refuse too few shadows for a false-positive rate, where each holds a record with probability ``rate``.
 
     With K shadows and fair coins a share 2 (K + 1) / 2^K of the records has fewer than two shadows on one side, and an
-    attack says nothing about them. That share must be below the rate at which the attack is read.
+    attack says nothing about them; other coins leave more. That share must not pass the rate at which it is read.
     """
-    if 2 * (shadows + 1) / 2**shadows > false_positive_rate:
-        needed = next(k for k in range(4, 64) if 2 * (k + 1) / 2**k <= false_positive_rate)
+    share = _uncalibrated(shadows, rate)
+    if share > false_positive_rate:
+        needed = next((k for k in range(4, MAX_SHADOWS) if _uncalibrated(k, rate) <= false_positive_rate), None)
+        more = f"train at least {needed} shadows" if needed else "no number of shadows is enough"
+        even = "" if abs(rate - 0.5) < 0.1 else ", give more nearly as many members as non-members"
         raise ConfigError(
-            f"{shadows} shadow models are too few for a false-positive rate of {false_positive_rate:g}",
-            hint=f"train at least {needed} shadows, or ask for a larger rate",
+            f"{shadows} shadow models are too few for a false-positive rate of {false_positive_rate:g}: "
+            f"{share:.1%} of the records would have fewer than two with or without them",
+            hint=f"{more}{even}, or ask for a larger rate",
         )
+
+
+def _uncalibrated(shadows: int, rate: float) -> float:
+    """Expected share of records with fewer than two shadows on one side."""
+    return sum(p**shadows + shadows * (1 - p) * p ** (shadows - 1) for p in (rate, 1 - rate))
 
 
 def _split(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -48,6 +48,7 @@ class ShadowScores:
     features: NDArray[np.float64]
     reference_features: NDArray[np.float64]
     accuracies: NDArray[np.float64]
+    nearness_any: NDArray[np.float64] | None = None
 
 
 def no_defence(images: Images, labels: Labels, seed: int) -> tuple[Images, Labels]:  # noqa: ARG001
@@ -64,6 +65,7 @@ def run_shadows(
     *,
     seed: int,
     released: bool = True,
+    any_class: bool = False,
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
     kept: KeptRows | None = None,
@@ -78,6 +80,7 @@ def run_shadows(
         recipe: how classifiers are trained.
         seed: model k uses seed + k.
         released: the training set itself is published, so that it is attacked too.
+        any_class: its labels are not exact, so that it is also attacked without asking the class.
         device: torch device.
         progress: called with (done, all).
         kept: where finished models' scores are kept, and taken from instead of training those again.
@@ -90,41 +93,57 @@ def run_shadows(
     for k, mask in enumerate(masks):
         row = kept.read(k) if kept else None
         if row is None:
-            made, made_labels = pipeline(images[mask], labels[mask], seed + k)
-            model = classifier.train_classifier(made, made_labels, classes, recipe, seed=seed + k, device=device)
-            near = released_set.nearness(images, labels, made, made_labels) if released else np.zeros(0)
-            row = (*_scores(model, pool, unseen, seed + k), near)
+            made = pipeline(images[mask], labels[mask], seed + k)
+            model = classifier.train_classifier(*made, classes, recipe, seed=seed + k, device=device)
+            row = (*_scores(model, pool, unseen), *_near(pool, made, released=released, any_class=any_class))
             if kept:
                 kept.write(k, row)
         rows.append(row)
         if progress:
             progress(k + 1, len(masks))
-    margins, logs, agreements, reference, accuracies, near = (np.stack(column) for column in zip(*rows, strict=True))
+    margins, logs, agreements, reference, right, near, near_any = (np.stack(c) for c in zip(*rows, strict=True))
     features, reference_features = features_of(images, labels, *unseen)
-    nearness = near if released else None
     return ShadowScores(
-        masks, margins, logs, agreements, nearness, reference, features, reference_features, accuracies.ravel()
+        masks=masks,
+        margins=margins,
+        log_probabilities=logs,
+        agreements=agreements,
+        nearness=near if released else None,
+        reference_margins=reference,
+        features=features,
+        reference_features=reference_features,
+        accuracies=right.ravel(),
+        nearness_any=near_any if released and any_class else None,
     )
 
 
 def shadow_nearness(
-    pool: tuple[Images, Labels], masks: NDArray[np.bool_], pipeline: Pipeline, *, seed: int
+    pool: tuple[Images, Labels], masks: NDArray[np.bool_], pipeline: Pipeline, *, seed: int, any_class: bool = False
 ) -> NDArray[np.float64]:
     """Nearness [N, n] of each record to what the pipeline releases for each row of masks; trains no classifier."""
     images, labels = pool
-    return np.stack(
-        [
-            released_set.nearness(images, labels, *pipeline(images[mask], labels[mask], seed + k))
-            for k, mask in enumerate(masks)
-        ]
+    made = (pipeline(images[mask], labels[mask], seed + k) for k, mask in enumerate(masks))
+    if any_class:
+        return np.stack([released_set.nearness_any(images, pictures) for pictures, _ in made])
+    return np.stack([released_set.nearness(images, labels, *released) for released in made])
+
+
+def _near(
+    pool: tuple[Images, Labels], made: tuple[Images, Labels], *, released: bool, any_class: bool
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Nearness within the class and over all classes; empty where that surface is not attacked."""
+    nothing = np.zeros(0)
+    return (
+        released_set.nearness(*pool, *made) if released else nothing,
+        released_set.nearness_any(pool[0], made[0]) if released and any_class else nothing,
     )
 
 
 def _scores(
-    model: Module, pool: tuple[Images, Labels], unseen: tuple[Images, Labels], seed: int
+    model: Module, pool: tuple[Images, Labels], unseen: tuple[Images, Labels]
 ) -> tuple[NDArray[np.float64], ...]:
     own, other = classifier.logits(model, pool[0]), classifier.logits(model, unseen[0])
-    votes = agreement(lambda x: classifier.logits(model, x).argmax(1), *pool, np.random.default_rng(seed), copies=6)
+    votes = agreement(lambda x: classifier.logits(model, x).argmax(1), *pool)
     accuracy = np.array([(other.argmax(1) == unseen[1]).mean()])
     return margin(own, pool[1]), log_probability(own, pool[1]), votes, margin(other, unseen[1]), accuracy
 

@@ -132,6 +132,22 @@ def test_shadow_scores_that_do_not_fit_are_clear_errors(capsys, folder):
     assert call(capsys, *argv, folder / "absent.npz")[0] == 66
 
 
+def test_changed_bytes_and_text_in_shadow_scores_or_data_are_clear_errors(capsys, folder, tmp_path):
+    count = len(judged_records(folder)[0])
+    masks, margins = np.random.default_rng(0).random((16, count)) < 0.5, np.zeros((16, count))
+    argv = ("audit", "membership", "--model", folder / "m.onnx", "--members", folder / "A.npz", "--non-members")
+    np.savez(tmp_path / "text.npz", masks=masks, margins=margins.astype("U5"))
+    np.savez(tmp_path / "numbers.npz", masks=masks.astype("U5"), margins=margins)
+    for name in ("text.npz", "numbers.npz"):
+        code, _, err = call(capsys, *argv, folder / "B.npz", "--shadow-scores", tmp_path / name)
+        assert (code, "masks are booleans, scores are numbers" in err) == (65, True)
+    whole = (folder / "B.npz").read_bytes()
+    for at in np.random.default_rng(1).integers(0, len(whole), 30):
+        (tmp_path / "flipped.npz").write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :])
+        code, _, err = call(capsys, *argv, tmp_path / "flipped.npz", "--limit", 300)
+        assert code in {0, 65}, err
+
+
 def synthesize(folder, out, *more):
     return (
         "synthesize", "--data", folder / "A.npz", "--public-data", folder / "pub.npz", "--test-data",
@@ -245,6 +261,10 @@ def test_the_same_seed_repeats_a_release_and_no_seed_does_not(capsys, folder, tm
         (("--limit", 0), 2, "not in the range"),
         (("--no-conditional", "--extra", 1), 78, "given labels"),
         (("--no-conditional", "--mode", "prior"), 78, "given labels"),
+        (("--vae-epsilon", 2), 78, "no effect without --vae dp"),
+        (("--vae-delta", 1e-6, "--vae", "private"), 78, "no effect without --vae dp"),
+        (("--mode", "prior", "--epsilon", -1), 78, "has no effect"),
+        (("--mode", "unsafe_no_noise", "--noise-ratio", 0), 78, "has no effect"),
     ],
 )
 def test_a_wrong_setting_of_synthesize_is_a_clear_error(capsys, folder, tmp_path, more, code, words):
@@ -315,7 +335,7 @@ def test_eight_shadows_are_too_few_for_one_per_cent(capsys, folder):
         "--non-members", folder / "B.npz", "--arch", "auto", "--shadows", 8,
     )  # fmt: skip
     assert code == 78
-    assert "train at least 12 shadows" in err
+    assert "train at least 14 shadows" in err  # 12 where members are half of the records; here they are 60 %
 
 
 def test_probabilities_and_logits_of_one_model_give_the_same_margins(folder, tmp_path):

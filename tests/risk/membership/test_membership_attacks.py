@@ -75,9 +75,7 @@ def test_agreement_is_the_share_of_noisy_copies_that_keep_their_label():
     images = np.zeros((40, 6, 6, 1), np.uint8)
     images[20:] = 128  # on the edge of the rule below: noise flips these, never the black ones
     labels = np.array([0] * 20 + [1] * 20)
-    votes = attacks.agreement(
-        lambda x: (x.mean(axis=(1, 2, 3)) > 127).astype(np.int64), images, labels, np.random.default_rng(0)
-    )
+    votes = attacks.agreement(lambda x: (x.mean(axis=(1, 2, 3)) > 127).astype(np.int64), images, labels)
     assert (votes[:20] == 1.0).all()
     assert 0.2 < votes[20:].mean() < 0.8
 
@@ -193,7 +191,9 @@ def test_a_report_names_the_strongest_attack_and_carries_its_nulls(planted):
     assert low < found.strongest.auc < high
     assert found.null_holds
     assert found.noise_null == pytest.approx(0.5, abs=0.04)
-    assert found.exceeds(0.6, 1.0)
+    assert found.exceeds(audit.Limits(0.6, 1.0))
+    assert found.outcome() == "leak"
+    assert found.as_json()["max_tpr_at_1pct"]["tpr"] == max(round(a.tpr_at_1pct, 4) for a in found.attacks)
     assert not found.weak
     assert found.one_run_epsilon > 0
     assert found.verdict().startswith("Leak")
