@@ -350,7 +350,7 @@ class Round:
         if waiting and now < self.state_since + self.plan.step_s:
             return []
         self.sharers = [i for i, n in enumerate(self.cohort) if self.devices[n].state == "shared"]
-        if len(self.sharers) < max(self.plan.min_cohort, self.threshold):
+        if len(self.sharers) < max(self.plan.min_cohort, self.plan.quorum, self.threshold):
             return self._end("aborted", f"only {len(self.sharers)} devices shared their keys", now)
         self.state = "collecting"
         return self._resend(now)

@@ -93,7 +93,12 @@ def value_bound(clip: float, *, adaptive: bool) -> float:
 
 def slack_of(noise: str, deviation: float, count_deviation: float, fraction_bits: int) -> int:
     """Steps that one device's noise may add: twelve deviations of the whole sum's noise, or of the count's."""
-    return math.ceil(12 * max(deviation, count_deviation) * 2.0**fraction_bits) if noise != "none" else 0
+    if noise == "none":
+        return 0
+    steps = 12 * max(deviation, count_deviation) * 2.0 ** min(fraction_bits, 64)
+    if not math.isfinite(steps):
+        raise ConfigError("the noise has no finite deviation")
+    return math.ceil(steps)
 
 
 def ring_of(opened: RoundOpen) -> Ring:

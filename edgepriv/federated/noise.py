@@ -40,6 +40,9 @@ class NoiseStream:
         return np.rint(self.normal(count) * deviation).astype(np.int64)
 
 
+MIN_STEPS = 4.0  # rounded to whole steps, narrower noise is no Gaussian any more
+
+
 def device_deviation(multiplier: float, clip_steps: float, survivors: int, colluders: int) -> float:
     """Each device's deviation in steps, so that the honest survivors' noise alone has ``multiplier * clip``.
 

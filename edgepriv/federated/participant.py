@@ -23,10 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 from edgepriv.errors import EdgeprivError, RefusedError, WireError
 from edgepriv.federated import compression
+from edgepriv.federated.fixed_point import ring_of
 from edgepriv.federated.layout import Layout
 from edgepriv.federated.ledger import Ledger
 from edgepriv.federated.local_recipe import LocalRecipe
 from edgepriv.federated.local_update import LocalUpdate, RoundSettings, Trainer
+from edgepriv.federated.noise import MIN_STEPS, device_deviation
 from edgepriv.federated.privacy import clip_update, joint_multiplier, update_norm
 from edgepriv.wire import cbor, rounds
 from edgepriv.wire.rounds import RoundOpen, RoundResult
@@ -51,7 +53,8 @@ class RoundPolicy:
 
     ``trainable``: tensor names, or prefixes that end in ``*``. ``privacy``: ``any`` or ``masked``. ``active``: the
     gateway may lie (threshold floor(2n/3)+1), else it is honest but curious (floor(n/2)+1). ``max_epsilon``: budget
-    at ``delta``; None = rounds without noise are accepted.
+    at ``delta``; None = rounds without noise are accepted. ``colluders``: how many devices of a cohort must at least be
+    assumed to leave out their share of the noise.
     """
 
     trainable: tuple[str, ...] = ("head.*",)
@@ -61,6 +64,7 @@ class RoundPolicy:
     max_epsilon: float | None = None
     delta: float = 1e-5
     max_model_bytes: int = MAX_MODEL_BYTES
+    colluders: int = 0
 
     def allows(self, name: str) -> bool:
         """Say whether a tensor may be trained."""
@@ -254,7 +258,8 @@ class Participant:
             return "the deadline is past"
         try:
             _recipe(opened)
-            return self._budget_objection(opened)
+            ring_of(opened)
+            return _noise_objection(opened, policy.colluders) or self._budget_objection(opened)
         except EdgeprivError as error:
             return str(error)
 
@@ -365,6 +370,28 @@ def _covered(update: LocalUpdate, opened: RoundOpen) -> LocalUpdate:
     if opened.statistics == "home":
         names = {name for name in names if not name.endswith(STATISTICS)}
     return LocalUpdate({n: t for n, t in update.tensors.items() if n in names}, update.examples)
+
+
+def _noise_objection(opened: RoundOpen, colluders: int) -> str:
+    """Why this device's share of the noise would be less than what its ledger is charged for; empty where it is not.
+
+    The number of members is checked later, by `secagg.Member`, where it is known.
+    """
+    if opened.noise == "none":
+        return ""
+    if opened.max_weight != 1:
+        return "a round with noise has weight 1 for every device"
+    if opened.noise != "distributed":
+        return ""
+    if opened.privacy != rounds.MASKED:
+        return "noise of single devices only hides under masks"
+    if opened.colluders < colluders:
+        return f"the noise assumes {opened.colluders} colluders, this device's policy {colluders}"
+    if opened.survivors <= opened.colluders:
+        return f"the noise counts on {opened.survivors} devices of which {opened.colluders} may leave theirs out"
+    widths = [opened.noise_multiplier * opened.clip, *([opened.clip_noise] if opened.adaptive_clip else [])]
+    steps = device_deviation(min(widths), 2.0**opened.fraction_bits, opened.survivors, opened.colluders)
+    return "" if steps >= MIN_STEPS else f"noise of {steps:.2g} steps is rounded away: too few fraction bits"
 
 
 def _charge(opened: RoundOpen) -> float | None:

@@ -7,9 +7,11 @@ Bonawitz et al. 2017, figure 4, with the consistency check (round 3). Rules, eac
 2. Smallest cohort and threshold are the owner's policy: floor(n/2)+1 shares against an honest but curious gateway,
    floor(2n/3)+1 against one that lies.
 3. The masked vector is computed once.
-4. One survivor set is signed. Shares are revealed once, after as many valid signatures over that very set as the
+4. Noise: what the announcement counts on is held against who is there. A device adds its share of the noise only
+   where the ``survivors`` that the share is computed from are members, and reveals nothing of a smaller set.
+5. One survivor set is signed. Shares are revealed once, after as many valid signatures over that very set as the
    threshold says: of a survivor the self-mask's share, of the others the mask key's, never both of one device.
-5. Everything secret lives in this object.
+6. Everything secret lives in this object.
 """
 
 from __future__ import annotations
@@ -181,9 +183,16 @@ class Member:
             raise RefusedError("this device's shares did not arrive in time")
         if len(body.members) < max(self.policy.min_cohort, self.threshold):
             raise RefusedError(f"only {len(body.members)} members shared, the policy says {self.policy.min_cohort}")
+        if not 0 < self._counted_on <= len(body.members):
+            raise RefusedError(f"the noise counts on {self._counted_on} devices, {len(body.members)} take part")
         for position, box in zip(body.members, body.boxes, strict=True):
             self._held[position] = self._open_box(position, box)
         self._members, self.ready = body.members, True
+
+    @property
+    def _counted_on(self) -> int:
+        """How many devices' noise the announcement counts on: fewer than that are never unmasked."""
+        return self.opened.survivors if self.opened.noise == "distributed" else 1
 
     @property
     def _position(self) -> int:
@@ -286,6 +295,8 @@ class Member:
             raise RefusedError("this device is not among the survivors")
         if len(chosen) < max(self.policy.min_cohort, self.threshold):
             raise RefusedError(f"{len(chosen)} survivors are below the policy's {self.policy.min_cohort}")
+        if len(chosen) < self._counted_on:
+            raise RefusedError(f"the noise counts on {self._counted_on} devices, {len(chosen)} survived")
         self._survivors = chosen
         return Confirm(self.identity.sign(rounds.SURVIVORS_USE, self._survivors_digest()))
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from edgepriv.errors import RefusedError, WireError
+from edgepriv.federated.fixed_point import ring_of, signed
 from edgepriv.federated.layout import Layout
-from edgepriv.federated.participant import RoundPolicy
+from edgepriv.federated.participant import Participant, RoundPolicy
 from edgepriv.federated.secagg import Member
 from edgepriv.keys import Identity
 from edgepriv.primitives import sharing
@@ -28,7 +29,7 @@ def _read(answer):
 class Cohorts:
     """N honest members, driven by hand where the gateway would stand."""
 
-    def __init__(self, *, policy=None, outsiders=0, size=5):
+    def __init__(self, *, policy=None, outsiders=0, size=5, lie=None, **noise):
         plan = RoundPlan(
             round=7,
             model="m",
@@ -38,8 +39,9 @@ class Cohorts:
             privacy="masked",
             min_cohort=4,
             max_weight=1,
+            **noise,
         )
-        self.opened = announcement(plan, N, 0.0)
+        self.opened = dataclasses.replace(announcement(plan, N, 0.0), **(lie or {}))
         self.identities = [Identity.new("device", f"{i}") for i in range(N)]
         listed = self.identities[: N - outsiders]
         self.trust = TrustList(1, 0, 1 << 40, tuple(i.public for i in listed))
@@ -180,3 +182,60 @@ def test_what_a_gateway_cannot_seed_it_cannot_rebuild_from_too_few_reveals():
     few = {i: reveals[i] for i in survivors[: threshold - 1]}
     with pytest.raises(WireError, match="do not fit"):
         mask_keys(adverts, tuple(range(N)), survivors, few, threshold)
+
+
+NOISE = {"noise": "distributed", "noise_multiplier": 4.0, "clip": 1.0}
+
+
+def _noise_of_the_sum(cohort, survivors):
+    """Deviation over the clip of the noise in the sum of these members, by what they would send without masks."""
+    zeros = {"w": np.zeros(4000, np.float32)}
+    ring = ring_of(cohort.opened)
+    total = sum(signed(cohort.members[i].plain_vector(zeros, 1)[:4000], ring).astype(np.float64) for i in survivors)
+    return total.std() / ring.scale
+
+
+def test_control_the_number_of_survivors_decides_how_much_noise_a_device_adds():
+    honest, lied = Cohorts(size=4000, **NOISE), Cohorts(size=4000, lie={"survivors": 1 << 40}, **NOISE)
+    assert _noise_of_the_sum(honest, (0, 1, 2, 3)) == pytest.approx(4.0, rel=0.05)
+    assert _noise_of_the_sum(lied, range(N)) < 1e-3
+
+
+@pytest.mark.parametrize("survivors", [1 << 40, N + 1, 0, -1])
+def test_noise_that_counts_on_more_devices_than_take_part_is_refused_before_anything_is_sent(survivors):
+    cohort = Cohorts(lie={"survivors": survivors}, **NOISE)
+    with pytest.raises(RefusedError, match="the noise counts on"):
+        cohort.shared()
+    with pytest.raises(RefusedError):
+        cohort.members[0].masked_payload({"w": np.ones(5, np.float32)}, 1)
+
+
+def test_fewer_survivors_than_the_noise_counts_on_are_never_unmasked():
+    cohort = Cohorts(lie={"survivors": N}, **NOISE).masked()
+    with pytest.raises(RefusedError, match="the noise counts on 6 devices, 5 survived"):
+        cohort.members[0].receive(Survivors((0, 1, 2, 3, 5)))
+    assert cohort.confirmed(tuple(range(N))).members == tuple(range(N))
+
+
+LIES = {
+    "colluders": ({"colluders": 0}, "colluders, this device's policy 1"),
+    "negative colluders": ({"colluders": -100}, "colluders, this device's policy 1"),
+    "all collude": ({"colluders": 4}, "may leave theirs out"),
+    "clear": ({"privacy": "clear"}, "only hides under masks"),
+    "weight": ({"max_weight": 1000}, "weight 1"),
+    "rounded away": ({"fraction_bits": 0}, "rounded away"),
+    "endless": ({"noise_multiplier": 1e308}, "no finite deviation"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_an_announcement_whose_noise_would_be_less_than_what_is_charged_is_declined(lie):
+    changes, why = LIES[lie]
+    cohort = Cohorts(colluders=1, **NOISE)
+    policy = RoundPolicy(trainable=("*",), min_cohort=4, colluders=1, max_epsilon=50.0)
+    for opened, accepted in ((cohort.opened, True), (dataclasses.replace(cohort.opened, **changes), False)):
+        device = Participant(cohort.identities[0], cohort.trust, policy, lambda *_: None)
+        answer = _read([device.receive(rounds.step_message(7, "open", opened), 1.0)[0].message])
+        assert answer.accept == accepted
+        assert accepted or why in answer.reason
+        assert device.ledger.rows() == []
