@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from edgepriv.risk.reconstruction.leakage import Probe
 
 DEFAULT_POLICIES = ("argmax", "softmax:1", "softmax:2", "unsafe_raw_logits")
+INDICATOR_NEEDS = "it needs two reference models, labels and at most 100 classes"
 
 
 @click.command()
@@ -69,7 +70,30 @@ def outputs(
 
     Exit code 3 where --fail-on is reached.
     """
+    check_files(html, indicator, options)
     audit = _audit(model_path, data, options)
+    click.echo(json.dumps(audit.as_dict(), indent=2) if as_json else as_text(audit))
+    write_files(audit, html, indicator)
+    failing = {"never": (), "vicious": ("vicious",), "high": ("vicious", "high leakage")}[fail_on]
+    if audit.verdict.word in failing:
+        raise RiskThresholdError(f"{model_path}: {audit.verdict.word}", hint="do not deploy it, or release less")
+
+
+def check_files(html: str | None, indicator: Path | None, options: dict[str, Any]) -> None:
+    """Refuse before the audit what could not be written after it (ConfigError, MissingFileError)."""
+    if indicator is not None and (options["unlabelled"] or options["reference_models"] < 2):
+        raise ConfigError("no indicator can be made", hint=INDICATOR_NEEDS)
+    for path in (Path(html) if html else None, indicator):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise MissingFileError(f"there is no folder {path.absolute().parent} to write {path.name} to")
+
+
+def write_files(audit: OutputAudit, html: str | None, indicator: Path | None) -> None:
+    """Write the page and the device's indicator, after the report was printed.
+
+    Raises:
+        DataError: no indicator was made.
+    """
     if html:
         from edgepriv.risk.report import audit_html
 
@@ -77,15 +101,9 @@ def outputs(
         click.echo(f"wrote {html}", err=True)
     if indicator is not None:
         if not audit.indicator:
-            raise DataError(
-                "no indicator was made", hint="it needs two reference models, labels and at most 100 classes"
-            )
+            raise DataError("no indicator was made", hint=INDICATOR_NEEDS)
         indicator.write_bytes(audit.indicator)
         click.echo(f"wrote {indicator}", err=True)
-    click.echo(json.dumps(audit.as_dict(), indent=2) if as_json else as_text(audit))
-    failing = {"never": (), "vicious": ("vicious",), "high": ("vicious", "high leakage")}[fail_on]
-    if audit.verdict.word in failing:
-        raise RiskThresholdError(f"{model_path}: {audit.verdict.word}", hint="do not deploy it, or release less")
 
 
 def _audit(model_path: Path, data: str, options: dict[str, Any]) -> OutputAudit:

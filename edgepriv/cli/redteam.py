@@ -54,7 +54,8 @@ def redteam() -> None:
 def train_vicious(data: str, out: Path, *, as_json: bool, **options: Any) -> None:
     """Train a vicious classifier and its honest twin; write vicious.onnx and honest.onnx.
 
-    A run that was stopped goes on where it was; more --epochs extend a finished one.
+    A run that was stopped goes on where it was; with other pictures or another recipe it starts anew. More --epochs
+    extend a finished one only with --schedule constant and --last-weight 1; fewer are refused.
     """
     result = _run(data, out, options)
     click.echo(json.dumps(result.as_dict(), indent=2) if as_json else _as_text(result, out))

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 RANDOM_FEATURES = 400
 RIDGE = 10.0
 GENERATOR_SEED = 7
+WIDE = 2048
 MAX_DISTINCT_MESSAGES = 256
 
 
@@ -69,9 +70,7 @@ class RidgeDecoder:
         generator = np.random.default_rng(GENERATOR_SEED)
         self._weights = generator.standard_normal((z.shape[1], features)) / np.sqrt(z.shape[1])
         self._bias = generator.standard_normal(features)
-        phi = self._features(z)
-        gram = phi.T @ phi + ridge * np.eye(phi.shape[1])
-        self._solution = np.linalg.solve(gram, phi.T @ np.asarray(pixels, np.float64))
+        self._solution = solved(self._features(z), np.asarray(pixels, np.float64), ridge)
 
     def _features(self, z: Array) -> Array:
         standard = (z - self._centre) / self._spread
@@ -81,6 +80,14 @@ class RidgeDecoder:
     def rebuild(self, released: Array) -> Array:
         """Return pixels [n, d], not clamped."""
         return np.asarray(self._features(np.asarray(released, np.float64)) @ self._solution, np.float64)
+
+
+def solved(phi: Array, pixels: Array, ridge: float) -> Array:
+    """Return the ridge solution; by its dual where wide outputs give more features than pictures: the same numbers."""
+    if phi.shape[1] > max(len(phi), WIDE):
+        return np.asarray(phi.T @ np.linalg.solve(phi @ phi.T + ridge * np.eye(len(phi)), pixels), np.float64)
+    gram = phi.T @ phi + ridge * np.eye(phi.shape[1])
+    return np.asarray(np.linalg.solve(gram, phi.T @ pixels), np.float64)
 
 
 class MessageTable:

@@ -111,7 +111,8 @@ class TrainedDecoder:
         self._fit(self._tensor(view), self._pictures(pixels))
 
     def _view(self, released: Array) -> Array:
-        best = np.eye(released.shape[1])[released.argmax(1)]
+        best = np.zeros(released.shape)
+        best[np.arange(len(best)), released.argmax(1)] = 1.0
         parts = [released, best]
         if self._logs:
             logs = np.log(np.maximum(released, self._floor))

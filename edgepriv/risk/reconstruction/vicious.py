@@ -9,6 +9,8 @@ resumable after every epoch (safetensors, never pickle), CPU or CUDA.
 from __future__ import annotations
 
 import copy
+import functools
+import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, replace
@@ -75,6 +77,11 @@ class Recipe:
         """Return the same recipe without the attack and without what only shapes it."""
         return replace(self, reconstruction_weight=0.0, last_weight=1.0, outputs="raw", decoder_view="released")
 
+    @property
+    def extendable(self) -> bool:
+        """True where more epochs only come after what was trained: nothing depends on how many there are."""
+        return self.schedule == "constant" and self.last_weight == 1.0
+
     def rate(self, epoch: int) -> float:
         """Return the learning rate of an epoch, counted from 0; a function of the epoch alone, so that runs resume."""
         if self.schedule == "constant":
@@ -129,6 +136,13 @@ class TrainingSet:
     def attributes(self) -> bool:
         """True where the targets are several 0/1 attributes."""
         return self.targets.ndim == 2
+
+    def digest(self) -> str:
+        """SHA-256 over shapes, pictures and targets: what a saved training belongs to."""
+        found = hashlib.sha256(f"{tuple(self.pictures.shape)} {tuple(self.targets.shape)} {self.outputs}".encode())
+        for tensor in (self.pictures, self.targets):
+            found.update(np.ascontiguousarray(tensor.numpy()).data)
+        return found.hexdigest()
 
     def part(self, rows: torch.Tensor | slice) -> TrainingSet:
         """Return a subset."""
@@ -190,6 +204,7 @@ class Trainer:
         extra_loss: ExtraLoss | None = None,
     ) -> None:
         self.recipe, self.epoch = recipe, 0
+        self._data_digest = functools.cache(data.digest)  # when first saved or resumed
         self._extra = extra_loss
         self._generator = torch.Generator().manual_seed(recipe.seed)
         torch.manual_seed(recipe.seed)
@@ -292,27 +307,67 @@ class Trainer:
 
         tensors = {k: v.contiguous().clone() for k, v in self._tensors().items()}
         tensors |= {f"best|{k}": v.contiguous().clone() for k, v in self._best[1].items()}
-        tensors["generator"] = self._generator.get_state()
+        tensors["generator"], tensors["torch"] = self._generator.get_state(), torch.get_rng_state()
+        if torch.device(self.recipe.device).type == "cuda":
+            tensors["cuda"] = torch.cuda.get_rng_state(self.recipe.device)
         state = {"recipe": asdict(self.recipe), "epoch": self.epoch, "history": self.history, "best": self._best[0]}
+        state["data"] = self._data_digest()
         temporary = path.with_suffix(".tmp")
         save_file(tensors, str(temporary), metadata={"state": json.dumps(state)})
         temporary.replace(path)
 
+    def mismatch(self, path: Path) -> str:
+        """Return why a saved state is not of this training, or nothing where it can go on.
+
+        Raises:
+            ConfigError: only the number of epochs differs, in a way that would change what was already trained: what is
+                saved is kept.
+        """
+        state = self._saved(path)
+        saved, own = state.get("recipe", {}), asdict(self.recipe)
+        if {**saved, "epochs": 0} != {**own, "epochs": 0}:
+            return "what is saved there was trained by another recipe"
+        if state.get("data") != self._data_digest():
+            return "what is saved there was trained on other pictures or targets"
+        epochs, hint = int(saved["epochs"]), "choose another folder, or as many epochs as before"
+        if own["epochs"] < epochs:
+            raise ConfigError(f"{path} is of a training of {epochs} epochs, more than {own['epochs']}", hint=hint)
+        if own["epochs"] > epochs and not self.recipe.extendable:
+            raise ConfigError(
+                f"{path} is of a training of {epochs} epochs whose rates or weights fall towards the last one",
+                hint=f"{hint}; only a constant schedule with last weight 1 can be extended",
+            )
+        return ""
+
+    @staticmethod
+    def _saved(path: Path) -> dict[str, Any]:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), "pt") as archive:
+                found: dict[str, Any] = json.loads((archive.metadata() or {}).get("state", "{}"))
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise DataError(f"{path} is no saved training", hint="delete it to start anew") from error
+        return found
+
     def resume(self, path: Path) -> bool:
-        """Go on from a saved state; False where it is of another recipe (fewer or more epochs are no other recipe)."""
+        """Go on from a saved state; False where it is of another recipe or of other data (:meth:`mismatch`)."""
         from safetensors import safe_open
 
-        with safe_open(str(path), "pt", device=self.recipe.device) as archive:
-            state = json.loads((archive.metadata() or {}).get("state", "{}"))
-            tensors = {key: archive.get_tensor(key) for key in archive.keys()}  # noqa: SIM118 - no mapping
-        if {**state.get("recipe", {}), "epochs": 0} != {**asdict(self.recipe), "epochs": 0}:
+        if self.mismatch(path):
             return False
+        state = self._saved(path)
+        with safe_open(str(path), "pt", device=self.recipe.device) as archive:
+            tensors = {key: archive.get_tensor(key) for key in archive.keys()}  # noqa: SIM118 - no mapping
         self._load_tensors(tensors)
         for at, optimiser in enumerate(self._optimisers):
             self._load_optimiser(optimiser, f"optimiser|{at}|", tensors)
         best = {key.removeprefix("best|"): value for key, value in tensors.items() if key.startswith("best|")}
         self._best = (float(state["best"]), best)
         self._generator.set_state(tensors["generator"].cpu())
+        torch.set_rng_state(tensors["torch"].cpu())
+        if "cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["cuda"].cpu(), self.recipe.device)
         self.epoch, self.history = int(state["epoch"]), list(state["history"])
         return True
 
@@ -346,8 +401,12 @@ def train(
         progress: gets one line an epoch.
     """
     trainer = Trainer(recipe, data, build=build, extra_loss=extra_loss)
-    if state is not None and state.is_file() and trainer.resume(state) and progress:
-        progress(f"goes on after epoch {trainer.epoch}")
+    if state is not None and state.is_file():
+        reason = trainer.mismatch(state)
+        if not reason:
+            trainer.resume(state)
+        if progress:
+            progress(f"starts anew: {reason}" if reason else f"goes on after epoch {trainer.epoch}")
     while trainer.epoch < recipe.epochs:
         values = trainer.run_epoch()
         if state is not None:

@@ -101,6 +101,61 @@ def test_a_state_of_another_recipe_is_not_resumed(small, tmp_path):
     assert not Trainer(Recipe(epochs=1, batch=60, reconstruction_weight=0.0), small).resume(state)
 
 
+def test_a_state_of_other_pictures_or_targets_starts_anew_and_says_so(small, digits_probes, tmp_path):
+    state, recipe = tmp_path / "s.safetensors", Recipe(epochs=1, batch=50, reconstruction_weight=0.0)
+    first = train(recipe, small, state=state)
+    probe = digits_probes[1]
+    others = {
+        "pictures": TrainingSet.of(255 - probe.images[:300], probe.labels[:300]),
+        "targets": TrainingSet.of(probe.images[:300], probe.labels[:300][::-1].copy()),
+    }
+    for data in others.values():
+        train(recipe, small, state=state)
+        lines = []
+        second = train(recipe, data, state=state, progress=lines.append)
+        assert lines[0] == "starts anew: what is saved there was trained on other pictures or targets"
+        pairs = zip(first.classifier.parameters(), second.classifier.parameters(), strict=True)
+        assert not all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_fewer_epochs_are_refused_and_more_only_follow_a_constant_schedule(small, tmp_path):
+    def recipe(epochs, schedule="constant", last=1.0):
+        return Recipe(epochs=epochs, batch=50, schedule=schedule, last_weight=last)
+
+    state = tmp_path / "s.safetensors"
+    train(recipe(2), small, state=state)
+    before = state.read_bytes()
+    with pytest.raises(ConfigError, match="a training of 2 epochs, more than 1"):
+        train(recipe(1), small, state=state)
+    assert state.read_bytes() == before
+    extended = train(recipe(3), small, state=state)
+    assert len(extended.history) == 3
+    for schedule, last in (("cosine", 1.0), ("constant", 0.5)):
+        falling = tmp_path / f"{schedule}.safetensors"
+        train(recipe(2, schedule, last), small, state=falling)
+        with pytest.raises(ConfigError, match="fall towards the last one"):
+            train(recipe(3, schedule, last), small, state=falling)
+
+
+def test_a_stopped_run_with_dropout_ends_like_one_that_was_not(small, tmp_path):
+    recipe = Recipe(architecture="cnn-dropout", epochs=2, batch=50, reconstruction_weight=0.0)
+    whole = train(recipe, small)
+    first = Trainer(recipe, small)
+    first.run_epoch()
+    first.save(tmp_path / "s.safetensors")
+    torch.rand(100)  # another process would have drawn other numbers meanwhile
+    resumed = train(recipe, small, state=tmp_path / "s.safetensors")
+    for a, b in zip(whole.classifier.parameters(), resumed.classifier.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_damaged_state_is_named(small, tmp_path):
+    state = tmp_path / "s.safetensors"
+    state.write_bytes(b"no tensors")
+    with pytest.raises(DataError, match="no saved training"):
+        train(Recipe(epochs=1), small, state=state)
+
+
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(small):
     a, b, c = (train(Recipe(epochs=1, batch=50, seed=s), small).classifier.state_dict() for s in (1, 1, 2))
     assert all(torch.equal(x, y) for x, y in zip(a.values(), b.values(), strict=True))

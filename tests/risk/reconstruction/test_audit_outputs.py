@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper
 from onnx_graphs import flat_model, value, write
+from PIL import Image
 
 from edgepriv.cli.audit_outputs import outputs as command
 from edgepriv.device.release import parse_policy
@@ -94,6 +95,30 @@ def test_the_command_prints_one_json_document_and_gates_a_build(digit_models, tm
     gated = CliRunner().invoke(command, ["--model", str(folder / "vicious.onnx"), *arguments, "--fail-on", "vicious"])
     assert isinstance(gated.exception, RiskThresholdError)
     assert gated.exception.exit_code == 3
+
+
+def test_an_indicator_that_cannot_be_made_is_refused_before_the_audit_or_after_its_report(
+    digit_models, tmp_path, digits_probes
+):
+    model = ["--model", str(digit_models[0] / "honest.onnx"), "--data", "digits", "--auditors", "ridge", "--json"]
+    file = tmp_path / "indicator.json"
+    for early in (["--reference-models", "1"], ["--unlabelled"]):
+        done = CliRunner().invoke(command, [*model, *early, "--indicator", str(file)])
+        assert isinstance(done.exception, ConfigError)
+        assert not done.stdout
+        assert "explained variance" not in done.stderr
+    nowhere = CliRunner().invoke(command, [*model, "--html", str(tmp_path / "absent" / "page.html")])
+    assert isinstance(nowhere.exception, MissingFileError)
+    assert not nowhere.stdout
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for at, image in enumerate(digits_probes[0].images[:80]):
+        Image.fromarray(image[..., 0]).save(folder / f"{at}.png")
+    model[3] = str(folder)
+    late = CliRunner().invoke(command, [*model, "--indicator", str(file)])
+    assert isinstance(late.exception, DataError)
+    assert json.loads(late.stdout)["schema"] == "edgepriv.audit-outputs/1"
+    assert not file.exists()
 
 
 def test_nineteen_references_give_a_p_value(digit_models, digits_probes):

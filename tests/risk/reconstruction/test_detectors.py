@@ -54,6 +54,13 @@ def test_effective_rank_counts_directions():
     assert effective_rank(generator.normal(size=(4000, 5)), np.zeros(4000, np.int64)) == pytest.approx(5, abs=0.1)
 
 
+def test_wide_outputs_are_fitted_by_the_dual_with_the_same_numbers(monkeypatch, batch):
+    z, x, _ = batch
+    narrow = RidgeDecoder(z[:300], x[:300]).rebuild(z[300:])
+    monkeypatch.setattr("edgepriv.risk.reconstruction.auditors.WIDE", 10)
+    assert np.allclose(RidgeDecoder(z[:300], x[:300]).rebuild(z[300:]), narrow, atol=1e-9)
+
+
 def test_logarithms_undo_a_softmax_and_leave_logits_alone(batch):
     z = batch[0]
     p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
