@@ -31,6 +31,9 @@ def model() -> None:
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--repository", required=True, type=click.Path(path_type=Path), help="Delivery repository to write.")
 @click.option("--owner", "owner_key", required=True, type=click.Path(path_type=Path), help="The owner's key.")
+@click.option(
+    "--tuf-keys", type=click.Path(path_type=Path), help="Keys of the delivery roles; default: beside --owner's file."
+)
 @click.option("--data", required=True, help="Golden inputs come from this data set's test part.")
 @click.option("--golden", default=16, show_default=True, help="How many golden inputs.")
 @click.option("--min-accuracy", default=0.0, show_default=True, help="On the golden inputs, at the granted level.")
@@ -53,11 +56,13 @@ def publish(folder: Path, repository: Path, owner_key: Path, as_json: bool, **fl
     from edgepriv.device import packing
     from edgepriv.device.shipments import SUFFIX
     from edgepriv.keys import load_identity
-    from edgepriv.selective_encryption import bundle_files, delivery
+    from edgepriv.selective_encryption import bundle_files, delivery, tuf_keys
 
     owner = load_identity(owner_key)
     if owner.public.role != "owner":
         raise ConfigError(f"{owner_key} is the key of {owner.public.name}, not of an owner")
+    keys = flags["tuf_keys"] or tuf_keys.default_path(owner_key)
+    delivery.check_keys(repository, owner, keys, earlier=folder / "owner" / "tuf.json")
     own = folder / "owner" / "issuer.key"
     issuer = load_identity(own) if own.is_file() else owner
     paper, signed = bundle_files.read_manifest(folder, [issuer.public.ed25519])
@@ -82,7 +87,7 @@ def publish(folder: Path, repository: Path, owner_key: Path, as_json: bool, **fl
     name = paper.name + SUFFIX
     now = dt.datetime.now(dt.timezone.utc)
     custom = {"version": paper.binding.version, "model_id": paper.binding.model_id.hex()}
-    path = delivery.publish(repository, fresh, name, owner, folder / "owner" / "tuf.json", now=now, custom=custom)
+    path = delivery.publish(repository, fresh, name, owner, keys, now=now, custom=custom)
     if flags["shipment"]:
         _ship(flags["shipment"], delivery.shipped_files(repository, name), permissions)
     report = {"schema": "edgepriv.model-publish/1", "target": name, "bytes": path.stat().st_size, "file": str(path)}

@@ -17,6 +17,7 @@ from edgepriv.errors import (
     AuthenticationError,
     DataError,
     EdgeprivError,
+    KeyFileError,
     MissingFileError,
     RefusedError,
     TrustError,
@@ -119,6 +120,13 @@ def restore(protected, site, permission, *more, key="cam1.key"):
         *("restore", "--model", protected[0], "--permission", permission, "--key", site / key),
         *("--issuer", site / "owner.key.pub", *more),
     )
+
+
+def fresh_device(site, folder):
+    """A configuration with a state of its own: a device follows one repository."""
+    config = folder / "device.toml"
+    config.write_text((site / "device.toml").read_text().replace(str(site / "state"), str(folder / "state")))
+    return config
 
 
 def test_protect_reports_shares_levels_and_what_was_used(protected):
@@ -227,7 +235,8 @@ def test_a_denoiser_is_delivered_and_judged_by_its_psnr(site, tmp_path):
             *("--data", "digits", "--golden", "4", *more),
         )
 
-    pull = ("model", "pull", "--config", site / "device.toml", "--repository", tmp_path / "repo", "--name", "dncnn")
+    device = fresh_device(site, tmp_path)
+    pull = ("model", "pull", "--config", device, "--repository", tmp_path / "repo", "--name", "dncnn")
     publish("--min-psnr-db", "99")
     with pytest.raises(RefusedError, match=r"dB is below 99\.00 dB"):
         command(*pull, "--permission", permission)
@@ -316,7 +325,7 @@ def test_a_model_is_published_pulled_tested_switched_and_reported(protected, sit
         *("model", "publish", out, "--repository", tmp_path / "repo", "--owner", site / "owner.key"),
         *("--data", "digits", "--golden", "24", "--min-accuracy", "0.8"),
     )
-    config = ("--config", site / "device.toml")
+    config = ("--config", fresh_device(site, tmp_path))
     pull = ("model", "pull", *config, "--repository", tmp_path / "repo", "--name", "digits")
     with pytest.raises(EdgeprivError, match="no permission"):
         command(*pull)
@@ -327,9 +336,31 @@ def test_a_model_is_published_pulled_tested_switched_and_reported(protected, sit
     assert command("model", "status", *config, "--json")["version"] == 1
 
 
+def test_two_versions_from_two_bundle_folders_reach_a_device(protected, digits_model, site, tmp_path):
+    config, second = fresh_device(site, tmp_path), tmp_path / "second"
+    command(
+        *("protect", digits_model, "--data", "digits", "--share", "0.15", "--levels", "0.5,full", "--out", second),
+        *("--issuer", site / "owner.key", "--check", "none", "--version", "2", "--json"),
+    )
+    pull = ("model", "pull", "--config", config, "--repository", tmp_path / "repo", "--name", "digits", "--confirm")
+    for number, folder in enumerate((protected[0], second), 1):
+        command(
+            *("model", "publish", folder, "--repository", tmp_path / "repo", "--owner", site / "owner.key"),
+            *("--data", "digits", "--golden", "8"),
+        )
+        report = command(*pull, "--permission", permit((folder, None), site), "--json")
+        assert (report["version"], report["installed"]) == (number, True)
+    before = {path: path.read_bytes() for path in (tmp_path / "repo").rglob("*") if path.is_file()}
+    with pytest.raises(KeyFileError, match="devices would refuse"):
+        command(
+            *("model", "publish", second, "--repository", tmp_path / "repo", "--owner", site / "owner.key"),
+            *("--data", "digits", "--tuf-keys", tmp_path / "lost.json"),
+        )
+    assert before == {path: path.read_bytes() for path in (tmp_path / "repo").rglob("*") if path.is_file()}
+
+
 def test_a_shipment_carries_permissions_and_is_installed_as_the_runtime_does(protected, site, tmp_path):
-    config = tmp_path / "device.toml"
-    config.write_text((site / "device.toml").read_text().replace(str(site / "state"), str(tmp_path / "state")))
+    config = fresh_device(site, tmp_path)
     publish = (
         *("model", "publish", protected[0], "--repository", tmp_path / "repo", "--owner", site / "owner.key"),
         *("--data", "digits", "--golden", "8", "--shipment", tmp_path / "digits.shipment"),
