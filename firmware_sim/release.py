@@ -1,7 +1,9 @@
 """A synthetic release at work: made before the scenario, seen by its devices, and the probe of its model afterwards.
 
-The generator and the risk service run as the commands that people type (`edgepriv synthesize`,
-`edgepriv audit outputs`), each in a process of its own, so that the simulator needs neither of their packages.
+The generator and the audit of outputs run as the commands that people type (`edgepriv synthesize`,
+`edgepriv audit outputs`), each in a process of its own, so that the simulator needs neither of their packages. No risk
+service takes part: it makes the same audit of models that a gateway offers it, with such a release as its probe too
+(tests/synthesis/test_release_serves_the_product.py).
 The release never saw the held-out pictures on which the scenario's accuracy is measured.
 """
 
@@ -54,7 +56,7 @@ def make_release(folder: Path, scenario: Scenario) -> dict[str, Any]:
 
 
 def probe(folder: Path, data: str, head: Mapping[str, Any]) -> dict[str, Any]:
-    """The risk service's audit of the scenario's model with its trained head, on the pictures of ``data``."""
+    """What `edgepriv audit outputs` says of the scenario's model with its trained head, on the pictures of ``data``."""
     model = write_model(folder / "trained.onnx", head)
     arguments = ["--model", str(model), "--data", data, "--auditors", "ridge", "--reference-models", "0", "--json"]
     told = _edgepriv("audit", "outputs", *arguments)

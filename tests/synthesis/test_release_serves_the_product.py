@@ -1,12 +1,24 @@
-"""A release is data like any other: devices train on it in a round, and the risk service probes models with it."""
+"""A release is data like any other: devices train on it in a round, and the risk service audits models with it."""
+
+import hashlib
+import json
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
 import torch
 
 from edgepriv import cli, datasets
+from edgepriv.device.release import parse_policy
+from edgepriv.errors import EdgeprivError
 from edgepriv.federated.head import accuracy, new_head, train_head
 from edgepriv.federated.local_recipe import LocalRecipe
+from edgepriv.keys import Identity
+from edgepriv.risk.config import load_config
+from edgepriv.risk.service import RiskService
+from edgepriv.risk.signed_verdict import VERDICT_USE
+from edgepriv.wire import cbor
+from firmware_sim.release import write_model
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +60,68 @@ def test_four_devices_that_train_on_the_release_reach_nearly_what_the_private_re
     assert reached["release"] > reached["private.npz"] - 0.05
 
 
-def test_the_risk_service_takes_the_release_as_probe_and_it_ranks_models_as_real_data_do(site):
+class AtOnce:
+    """An executor that runs in this thread."""
+
+    def submit(self, fn, /, *args):
+        future = Future()
+        future.set_result(fn(*args))
+        return future
+
+    def shutdown(self, wait=True, *, cancel_futures=False):
+        pass
+
+
+class Gateway:
+    """A gateway that offers one model and takes verdicts."""
+
+    def __init__(self, raw):
+        self.raw, self.digest, self.verdicts = raw, hashlib.sha256(raw).digest(), []
+
+    def query(self, what, **args):
+        if what == "models":
+            offer = {"digest": self.digest, "id": "digits", "size": len(self.raw), "verdict_bytes": b"", "expires": 0}
+            return {"models": [offer]}
+        if what == "verdict":
+            self.verdicts.append(args["verdict"])
+            return {"accepted": True}
+        raise EdgeprivError(f"no {what} here")
+
+    def fetch_object(self, ref, size, *, max_bytes):
+        assert ref == self.digest[: len(ref)]
+        return self.raw
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize(("policy", "words"), [("argmax", "low leakage"), ("unsafe_raw_logits", "high leakage")])
+def test_the_risk_service_audits_an_offered_model_with_the_release_as_its_probe(site, tmp_path, policy, words):
+    """The service's own configuration names the release; the private pictures are not where it runs."""
+    real = datasets.load(site / "private.npz", split="all")
+    head = train_head(new_head(10, 64), pixels(real), real.labels, LocalRecipe(0.5, 16, 5), seed=0)
+    gateway, key = Gateway(write_model(tmp_path / "m.onnx", head).read_bytes()), Identity.new("risk", "lab")
+    (tmp_path / "risk.toml").write_text(
+        '[risk]\nidentity = "k"\nowner = "o"\ntrust = "t"\ngateway = "gateway-main"\nstate = "state"\n'
+        f'[broker]\nurl = "mqtt://127.0.0.1:1"\n[audit]\nprobe = "{site / "release"}"\npolicies = ["{policy}"]\n'
+        'auditors = "ridge"\nreferences = 0\n'
+    )
+    config = load_config(tmp_path / "risk.toml")
+    service = RiskService(config, lambda: gateway, key.sign, [parse_policy(policy)], AtOnce())
+    for _ in range(6):
+        service.step()
+    (job,) = service.jobs.listed()
+    assert job.state == "done", job.error
+    report = json.loads((service.folder / "reports" / f"{gateway.digest.hex()}.json").read_text())
+    assert report["verdict"] == words
+    assert report["record"]["pictures"] == len(datasets.load(site / "release", split="all")) // 2  # the other trains
+    body, signature = cbor.decode(gateway.verdicts[0], max_bytes=65536)
+    key.public.verify(VERDICT_USE, body, signature)
+    told = cbor.decode_map(body, max_bytes=65536)
+    assert (told["model"], told["verdict"]) == (gateway.digest, words)
+
+
+def test_a_map_from_outputs_to_pixels_ranks_models_on_the_release_as_on_real_data(site):
     """Explained variance of pixels from what a model returns: logits give much, the first choice little, on both."""
     bench, training = (datasets.load(site / "release", split=part) for part in ("test", "train"))
     assert len(bench) >= 300
