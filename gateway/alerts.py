@@ -2,13 +2,16 @@
 
 Rules: a rule is a function of `Facts` that returns the alerts which are true now; the engine raises what is new and
 clears what is gone, so an alert has one row from its beginning to its end. Each change is published once on
-``edgepriv/v1/<gateway>/out/alerts``, posted to the webhook and counted. Texts name parties and figures, never data.
+``edgepriv/v1/<gateway>/out/alerts``, posted to the webhook and counted; an alert whose severity changes is published
+as ``raised`` again, with the severity that holds from then on. Texts name parties and figures, never data.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from gateway.judged import MAX_WORD, RoundAudits, leaks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,6 +23,7 @@ SCHEMA = "edgepriv.alert/1"
 DAY_S = 86_400
 NAMED = 5
 FORGET_S = 7 * DAY_S
+LEAKS = {"model-leaks", "round-leaks"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,7 @@ class Facts:
     silent_count: int
     models: tuple[dict[str, Any], ...]
     aborted_round: tuple[int, str] | None
+    round_audits: RoundAudits = field(default_factory=RoundAudits)
 
 
 def rules(facts: Facts, settings: AlertsSection) -> list[Alert]:
@@ -64,14 +69,30 @@ def rules(facts: Facts, settings: AlertsSection) -> list[Alert]:
         more = f" and {facts.silent_count - NAMED} more" if facts.silent_count > NAMED else ""
         text = f"{facts.silent_count} silent: {', '.join(facts.silent[:NAMED])}{more}"
         found.append(Alert("devices-silent", "fleet", "warning", text))
-    for model in facts.models:
-        if "high leakage" in model["verdict"]:
-            severity = "warning" if model["withheld"] else "critical"
-            text = f"the risk service found high leakage in {model['id']} {model['version']}"
-            found.append(Alert("model-leaks", f"{model['id']} {model['version']}", severity, text))
+    found += [_model_leaks(model) for model in facts.models if leaks(model)]
+    found += _round_leaks(facts.round_audits)
     if facts.aborted_round:
         number, reason = facts.aborted_round
         found.append(Alert("round-aborted", f"round {number}", "warning", f"the last round was aborted: {reason}"))
+    return found
+
+
+def _model_leaks(model: dict[str, Any]) -> Alert:
+    name, withheld = f"{model['id']} {model['version']}", model["withheld"]
+    text = f"the risk service's verdict on {name} is “{model['verdict'][:MAX_WORD]}”"
+    if withheld:
+        return Alert("model-leaks", name, "warning", f"{text}; it is withheld from devices")
+    return Alert("model-leaks", name, "critical", f"{text}, and devices are offered it")
+
+
+def _round_leaks(audits: RoundAudits) -> list[Alert]:
+    """The newest audited round leaks; what should have been audited since was not."""
+    found = []
+    if audits.leaking:
+        text = f"an audit of round {audits.number} says “{audits.verdict}”: {audits.reason}"
+        found.append(Alert("round-leaks", f"round {audits.number}", "critical", text))
+    if audits.missing:
+        found.append(Alert("round-leaks", "audits of rounds", "warning", audits.missing))
     return found
 
 
@@ -102,8 +123,10 @@ class AlertEngine:
         true_now = {(a.name, a.subject): a for a in rules(facts, self._settings)}
         rows = self._store.database.query("SELECT id, name, subject, severity, text FROM alerts WHERE cleared IS NULL")
         known = {(name, subject): (number, severity, text) for number, name, subject, severity, text in rows}
-        changed = true_now.keys() ^ known.keys()
-        if changed or any(known[k][1:] != (a.severity, a.text) for k, a in true_now.items() if k in known):
+        kept = true_now.keys() & known.keys()
+        turned = {key for key in kept if known[key][1] != true_now[key].severity}
+        changed = (true_now.keys() ^ known.keys()) | turned
+        if changed or any(known[key][2] != true_now[key].text for key in kept):
             with self._store.batch():
                 self._write(true_now, known, facts.now)
         for key in sorted(changed):

@@ -55,6 +55,11 @@ class Verdict:
     issued: int
     expires: int
 
+    @property
+    def good(self) -> bool:
+        """Whether it admits a model, as far as its word goes."""
+        return self.verdict == GOOD_VERDICT
+
 
 def read_verdict(raw: bytes, roster: Roster, sender: str, now: float) -> Verdict:
     """Check a verdict's signature and fields.
@@ -137,6 +142,7 @@ class Models:
             "protected": protected,
             "verdict": verdict.verdict if verdict else "not audited",
             "verdict_bytes": meta.get("verdict", b""), "risk": meta.get("risk", ""),
+            "valid": verdict is not None and verdict.expires > now and not (objection and verdict.good),
             "policy": verdict.policy if verdict else "", "expires": verdict.expires if verdict else 0,
             "withheld": objection or ("" if state == OFFERED else state),
         }  # fmt: skip
@@ -151,9 +157,13 @@ class Models:
             return None, f"the verdict is not valid: {error}"
         if verdict.model != digest or verdict.expires <= now:
             return verdict, "the verdict has expired" if verdict.model == digest else "the verdict is of other bytes"
-        if self._settings.require_verdict and verdict.verdict != GOOD_VERDICT:
-            return verdict, f"the verdict is {verdict.verdict!r}"
-        return verdict, ""
+        return verdict, self._objection(verdict)
+
+    def _objection(self, verdict: Verdict) -> str:
+        """Why a valid verdict does not admit its model; empty where it does."""
+        if not self._settings.require_verdict:
+            return ""
+        return "" if verdict.good else f"the verdict is {verdict.verdict!r}"
 
     def _bundled(self, _digest: bytes, meta: dict[str, Any], now: float) -> tuple[Verdict | None, str]:
         """The weakest verdict in a protected model's delivery, and why it is withheld."""
@@ -162,18 +172,17 @@ class Models:
         if not meta["bundled"]:
             needed = self._settings.require_verdict
             return None, "no verdict of the risk service on the bytes that would run" if needed else ""
-        verdict = None
-        for raw in meta["bundled"]:
-            verdict = self._by_any_risk_service(raw, now)
-            if verdict is None:
-                return None, "a verdict in it is not signed by a risk service that is trusted"
-            if verdict.model not in meta["runs"]:
-                return verdict, "a verdict in it is of other bytes than those that would run"
-            if verdict.expires <= now:
-                return verdict, "the verdict has expired"
-            if self._settings.require_verdict and verdict.verdict != GOOD_VERDICT:
-                return verdict, f"the verdict is {verdict.verdict!r}"
-        return verdict, ""
+        known = [self._by_any_risk_service(raw, now) for raw in meta["bundled"]]
+        read = sorted((v for v in known if v), key=lambda v: (v.good, v.expires))
+        own = [v for v in read if v.model in meta["runs"]]
+        weakest = own[0] if own else None
+        if len(read) < len(known):
+            return weakest, "a verdict in it is not signed by a risk service that is trusted"
+        if len(own) < len(read):
+            return weakest, "a verdict in it is of other bytes than those that would run"
+        if any(v.expires <= now for v in own):
+            return weakest, "the verdict has expired"
+        return weakest, next(filter(None, map(self._objection, own)), "")
 
     def _by_any_risk_service(self, raw: bytes, now: float) -> Verdict | None:
         for party in self._roster.trust.with_role("risk"):

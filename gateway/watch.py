@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from edgepriv.doctor import certificate_expiry
 from edgepriv.wire import topics
 from gateway.alerts import NAMED, AlertEngine, Facts
+from gateway.judged import round_audits
 from gateway.store import unpack
 from gateway.webhook import Webhook
 
@@ -64,6 +65,7 @@ class Watch:
             silent_count=count,
             models=tuple(gateway.models.listed(now)),
             aborted_round=self._aborted(),
+            round_audits=round_audits(gateway.store.database, now),
         )
 
     def _keep_models(self, models: tuple[dict[str, Any], ...]) -> None:

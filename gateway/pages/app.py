@@ -125,7 +125,11 @@ class Pages:
         return HTMLResponse(self._templates.get_template(template).render(shown), status_code=status)
 
     def _overview(self, _request: Request) -> dict[str, Any]:
-        return {"overview": self.figures.overview(), "running": self.figures.running()}
+        figures = self.figures
+        return {
+            "signature": figures.signature(), "overview": figures.overview(), "counts": figures.fleet_counts(),
+            "running": figures.running(),
+        }  # fmt: skip
 
     def _fleet(self, request: Request) -> dict[str, Any]:
         query = request.query_params
@@ -151,7 +155,8 @@ class Pages:
         return {"totals": totals, "page": page}
 
     def _alerts(self, _request: Request) -> dict[str, Any]:
-        return {"open": self.figures.open_alerts(), "past": self.figures.past_alerts()}
+        figures = self.figures
+        return {"signature": figures.signature(), "open": figures.open_alerts(), "past": figures.past_alerts()}
 
     def _audit(self, request: Request) -> dict[str, Any]:
         return {"page": self.figures.audit(whole_number(request.query_params.get("page"), 1))}
@@ -159,7 +164,7 @@ class Pages:
     async def _live(self, request: Request) -> Response:
         if self._session(request) is None:
             raise HTTPException(401, "Log in first.")
-        return self.live.response(request)
+        return self.live.response(request, lambda: self._still_open(request))
 
     # --- log-in -------------------------------------------------------------------------------------------
 
@@ -170,6 +175,14 @@ class Pages:
             client = request.client.host if request.client else "?"
             log.warning("a cookie from %s is no session (forged, ended or expired): %r", client, request.url.path[:200])
         return session
+
+    def _still_open(self, request: Request) -> bool:
+        """Whether a stream's reader may go on reading; asked again and again, so it logs nothing."""
+        try:
+            cookie = request.cookies.get(COOKIE, "")
+            return (self.sessions.find(cookie) or self._by_certificate(request)) is not None
+        except EdgeprivError:  # the operators' file cannot be trusted now
+            return False
 
     def _by_certificate(self, request: Request) -> Session | None:
         """With a client CA the name in the certificate is the log-in; its session lives beside the connection."""

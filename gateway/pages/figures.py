@@ -5,6 +5,7 @@ Nothing here returns an image, an envelope, a single output or an update; sizes 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from edgepriv.errors import DataError
 from edgepriv.wire import cbor
+from gateway.alerts import LEAKS
+from gateway.judged import MAX_WORD, leaks, round_audits, style, unjudged
 from gateway.store import unpack
 
 if TYPE_CHECKING:
@@ -81,18 +84,28 @@ class Figures:
 
     def overview(self) -> dict[str, Any]:
         """The two questions: is the fleet well, and is anything leaking?"""
-        alerts = self.open_alerts()
-        leaking = [a for a in alerts if a["name"] == "model-leaks"]
-        models = self.models()
-        unjudged = [m for m in models if m["verdict"] == "not audited"]
-        others = [a for a in alerts if a["name"] != "model-leaks"]
+        now, alerts, models = self._clock(), self.open_alerts(), self.models()
+        audits = round_audits(self._db, now)
+        leaking = [f"{m['id']} {m['version']}: {m['verdict'][:MAX_WORD]}" for m in models if leaks(m)]
+        if audits.leaking:
+            leaking.append(f"round {audits.number}: {audits.verdict}")
+        unjudged_models = sum(unjudged(m, now) for m in models)
+        unsure = [f"{unjudged_models} of {len(models)} models have no valid verdict"] if unjudged_models else []
+        unsure += [audits.unsure] if audits.unsure else []
         return {
-            "alerts": others,
+            "alerts": alerts,
+            "unwell": any(a["name"] not in LEAKS for a in alerts),
             "leaking": leaking,
+            "unsure": "; ".join(unsure),
             "models": len(models),
-            "unjudged": unjudged,
-            **self.fleet_counts(),
+            "audited_round": audits.number,
+            "stale": self.status()["stale"],
         }
+
+    def signature(self) -> str:
+        """Changes when what an open page says of alerts, models and rounds is not true any more."""
+        told = json.dumps([self.overview(), self.past_alerts()[:1]], sort_keys=True)
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
 
     # --- fleet --------------------------------------------------------------------------------------------
 
@@ -212,10 +225,12 @@ class Figures:
     # --- models, storage, alerts --------------------------------------------------------------------------
 
     def models(self) -> list[dict[str, Any]]:
-        """Models with what the daemon last judged of them."""
+        """Models with what the daemon last judged of them; ``style`` says how the verdict is shown."""
         rows = self._db.query("SELECT value FROM meta WHERE name = 'models_seen'")
-        listed = unpack(rows[0][0]) if rows else []
-        return listed if isinstance(listed, list) else []
+        listed, now = (unpack(rows[0][0]) if rows else []), self._clock()
+        if not isinstance(listed, list):
+            return []
+        return [{**m, "style": style(m, now), "valid": not unjudged(m, now)} for m in listed]
 
     def storage(self, number: int) -> tuple[dict[str, Any], Page]:
         """Totals, and frames and bytes by device."""

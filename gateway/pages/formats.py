@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime as dt
 from typing import TYPE_CHECKING, Any
 
+from gateway.judged import AT_RISK, CONTAINED
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -55,10 +57,26 @@ def percent(value: Any) -> str:
 
 def verdict(value: Any) -> str:
     """The style of an audit's word: red, green, or neither where it is unsure."""
-    return {"leaks": "bad", "contained": "good"}.get(str(value), "unsure")
+    if value in {None, "", AT_RISK}:
+        return "unsure"
+    return "good" if value == CONTAINED else "bad"
 
 
-FILTERS: dict[str, Callable[..., str]] = {
+def state(daemon: Any) -> tuple[str, str]:
+    """How the daemon is, as style and words; without an age, so that an open page says it once."""
+    if daemon.get("stale"):
+        wrote = (
+            f"the gateway last wrote its status at {moment(daemon['at'])}" if daemon.get("at") else "it has not run yet"
+        )
+        return "bad", f"Stale: {wrote}. What you see may be old."
+    if failed := daemon.get("failed"):
+        return "bad", "Not ready: " + "; ".join(f"{name}: {why}" for name, why in failed.items())
+    if not daemon.get("connected"):
+        return "bad", "The gateway runs, but the broker is not connected."
+    return "good", "The gateway runs and the broker is connected."
+
+
+FILTERS: dict[str, Callable[..., Any]] = {
     "size": size, "duration": duration, "moment": moment, "number": number, "percent": percent,
-    "verdict": verdict,
+    "verdict": verdict, "state": state,
 }  # fmt: skip

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
+from gateway.pages import formats
 from gateway.pages.access import SESSION_S, Operator, Session
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from starlette.requests import Request
 
@@ -35,20 +36,23 @@ class Live:
         self._by_certificate: dict[str, Session] = {}
         self.listeners = 0
 
-    def response(self, request: Request) -> Response:
-        """The stream for one listener."""
+    def response(self, request: Request, allowed: Callable[[], bool]) -> Response:
+        """The stream for one listener; it ends when ``allowed`` says no: logged out, removed, or the log-in expired."""
         if self.listeners >= MAX_LISTENERS:
             return PlainTextResponse("too many listeners\n", status_code=503)
         last = request.headers.get("last-event-id", "")
         seen = int(last) if last.isascii() and last.isdigit() and len(last) < 12 else -1
-        return StreamingResponse(self._stream(request, seen), media_type="text/event-stream")
+        return StreamingResponse(self._stream(request, seen, allowed), media_type="text/event-stream")
 
-    async def _stream(self, request: Request, seen: int) -> AsyncIterator[str]:
+    async def _stream(self, request: Request, seen: int, allowed: Callable[[], bool]) -> AsyncIterator[str]:
         self.listeners += 1
         beat = time.monotonic()
         try:
             yield "retry: 3000\n\n"
             while not await request.is_disconnected():
+                if not allowed():
+                    yield "event: ended\ndata: {}\n\n"
+                    return
                 number, text = await self._current()
                 if number != seen:
                     seen, beat = number, time.monotonic()
@@ -70,13 +74,13 @@ class Live:
             return self._id, self._text
 
     def _document(self) -> dict[str, Any]:
-        status = self._figures.status()
+        style, words = formats.state(self._figures.status())
         running = self._figures.running()
         if running:
             running["seconds"] = int(running["seconds"])
         return {
-            "connected": bool(status.get("connected")),
-            "stale": bool(status.get("stale")),
+            "state": {"style": style, "text": words},
+            "signature": self._figures.signature(),
             "alerts": len(self._figures.open_alerts()),
             "round": running,
             **self._figures.fleet_counts(),

@@ -8,8 +8,9 @@ import json
 import pytest
 from gateway_site import Device, Site, exchange
 
-from gateway.alerts import Facts, rules
+from gateway.alerts import AlertEngine, Facts, rules
 from gateway.config import AlertsSection
+from gateway.judged import RoundAudits
 
 WELL = Facts(
     now=1e9,
@@ -45,12 +46,33 @@ def test_a_well_gateway_has_no_alert():
         ({"silent": ("dev-a",), "silent_count": 1}, "devices-silent", "warning"),
         ({"models": (LEAKS,)}, "model-leaks", "critical"),
         ({"models": ({**LEAKS, "withheld": "verdict"},)}, "model-leaks", "warning"),
+        ({"models": ({**LEAKS, "verdict": "vicious"},)}, "model-leaks", "critical"),
+        ({"round_audits": RoundAudits(7, "leaks", "pictures come back")}, "round-leaks", "critical"),
+        ({"round_audits": RoundAudits(7, "contained", "", "round 8 was not audited")}, "round-leaks", "warning"),
         ({"aborted_round": (3, "quorum")}, "round-aborted", "warning"),
     ],
 )
 def test_each_rule_raises_its_alert_and_no_other(changes, name, severity):
     found = rules(dataclasses.replace(WELL, **changes), AlertsSection())
     assert [(a.name, a.severity) for a in found] == [(name, severity)]
+
+
+def test_an_alert_that_becomes_worse_or_better_is_published_again_and_keeps_its_row(tmp_path):
+    site, published = Site(tmp_path), []
+    store = site.gateway().store
+    engine = AlertEngine(store, AlertsSection(), published.append)
+    for left in (13.4, 13.2, -1, -1, 2, 100):  # days of the trust list
+        engine.turn(dataclasses.replace(WELL, trust_expires=WELL.now + left * 86_400))
+    assert [(d["state"], d["severity"], d["text"][-13:]) for d in published] == [
+        ("raised", "warning", "13.4 days left"[-13:]),
+        ("raised", "critical", "0.0 days left"),
+        ("raised", "warning", "2.0 days left"),
+        ("cleared", "warning", "2.0 days left"),
+    ]
+    assert {d["name"] for d in published} == {"trust-expires"}
+    rows = store.database.query("SELECT name, severity, cleared IS NULL FROM alerts WHERE name = 'trust-expires'")
+    assert rows == [("trust-expires", "warning", 0)]
+    site.close()
 
 
 def test_an_alert_is_published_when_it_is_raised_and_when_it_is_cleared_and_no_more(tmp_path):
