@@ -55,7 +55,7 @@ class Conductor(Weights):
         self._pending: dict[str, dict[tuple[str, bytes], Staged]] = {}
         self._paths: dict[bytes, Path] = {}
         self._unmaskers: dict[str, Any] = {}
-        self._ended: list[str] = []
+        self.over: list[str] = []  # folders that the next tick deletes
         self._dirty: dict[str, Round | PartedRound] = {}
         self._saved: dict[str, bytes] = {}
         self.deferred = False  # True: the caller calls `flush` before it commits, one save for many events
@@ -154,7 +154,7 @@ class Conductor(Weights):
         kept = {self._round_folder(r.plan.key) for r in [*self.rounds.values(), *self.cohorts.values()]}
         for folder in self.folder.glob("round-*"):
             if folder not in kept:
-                shutil.rmtree(folder, ignore_errors=True)
+                self.over.append(folder.name.removeprefix("round-"))
         self.flush()
         return out
 
@@ -229,8 +229,8 @@ class Conductor(Weights):
     def tick(self, now: float) -> list[Outgoing]:
         """Let time pass and do the heavy work that is due. Call it at least once a second."""
         out: list[Outgoing] = []
-        while self._ended:  # the caller's transaction that holds the record is over by now
-            shutil.rmtree(self._round_folder(self._ended.pop()), ignore_errors=True)
+        while self.over:  # the caller's transaction that holds the record is over by now
+            shutil.rmtree(self._round_folder(self.over.pop()), ignore_errors=True)
         for current in self._singles():
             out += self._fold_pending(current, now)
             if current.state not in ENDED:
@@ -303,8 +303,8 @@ class Conductor(Weights):
         if current is not None:
             taken = device not in current.devices or current.in_sum(device, digest)
             return current.plan.late == "next" and not taken
-        last = (self.store.records() or [{"round": -1}])[-1]  # after a restart only the record is left
-        return last["round"] == number and last.get("late_rounds", 0) > 0 and device not in last["participants"]
+        last = self.store.last()  # after a restart only the record is left
+        return last.get("round") == number and last.get("late_rounds", 0) > 0 and device not in last["participants"]
 
     def _was_taken(self, current: Round, device: str) -> bool:
         return bool(current.record and device in current.record.participants)
@@ -485,4 +485,4 @@ class Conductor(Weights):
     def _drop(self, key: str) -> None:
         self._pending.pop(key, None)
         self._saved.pop(key, None)
-        self._ended.append(key)
+        self.over.append(key)

@@ -2,7 +2,8 @@
 
 Everything that touches the store or a key happens in this loop; the threads beside it only wait for a network (MQTT,
 webhooks) or read metrics. `Gateway.step` does one turn without waiting, so that a simulator can run it; `serve` runs
-it as a process. A batch that cannot be committed is dropped whole and nothing of it was acknowledged.
+it as a process. A batch that cannot be committed is dropped whole and nothing of it was acknowledged; what it left in
+memory is replaced by what the store holds before anything else is done, however long the store stays away.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ STOP_S = 5.0
 FAILED_PAUSE_S = 0.5
 LOOP_STUCK_S = 30.0
 QUIET_KINDS = {"chunk", "fetch"}
+STORE_FAILED = (StorageFullError, TemporaryError, sqlite3.Error, OSError)
 
 
 def open_store(config: Config, *, create: bool = True) -> Store:
@@ -113,6 +115,7 @@ class Gateway:
         self._last = {"second": 0.0, "house": now, "publish": now, "status": 0.0, "watch": 0.0}
         self.last_turn = time.monotonic()
         self.failed_batch = ""
+        self._must_recover = False
         link.subscribe(topics.up_filter(config.gateway.shard))
 
     def _make_uplink(self, identity: Identity) -> Uplink | None:
@@ -133,8 +136,18 @@ class Gateway:
 
     def step(self, packets: list[Inbound] | None = None) -> bool:
         """One turn without waiting; True when there was something to do."""
-        now = self._clock()
         packets = self.link.receive(self.config.ingest.batch) if packets is None else packets
+        try:
+            if self._must_recover:
+                self._recover()
+            return self._step(packets, self._clock())
+        except STORE_FAILED as error:
+            self._note_failure(error)
+            return False
+        finally:
+            self.last_turn = time.monotonic()
+
+    def _step(self, packets: list[Inbound], now: float) -> bool:
         if self.uplink:
             mine = [p for p in packets if p.topic == self.uplink.topic]
             packets = [p for p in packets if p.topic != self.uplink.topic]
@@ -145,25 +158,17 @@ class Gateway:
         for party, grant in self.transfers.grants(now):
             self.downlink.put(party, grant)
         sent = self.downlink.pump()
-        self.last_turn = time.monotonic()
         return bool(packets or sent)
 
     def _ask_root(self, uplink: Uplink, packets: list[Inbound], now: float) -> None:
-        try:
-            for packet in packets:
-                uplink.take(packet, now)
-            uplink.step(now)
-            self._release_replies()
-        except (StorageFullError, TemporaryError, sqlite3.Error, OSError) as error:
-            self._recover(error)
+        for packet in packets:
+            uplink.take(packet, now)
+        uplink.step(now)
+        self._release_replies()
 
     def _handle(self, packets: list[Inbound], now: float) -> None:
         began = time.perf_counter()
-        try:
-            handled = self.ingest.handle(packets, now)
-        except (StorageFullError, TemporaryError, sqlite3.Error, OSError) as error:
-            self._recover(error)
-            return
+        handled = self.ingest.handle(packets, now)
         self._release_replies()
         self.failed_batch = ""
         self.metrics.batch_seconds.observe(time.perf_counter() - began)
@@ -176,17 +181,22 @@ class Gateway:
             self.downlink.put(party, message)
         self._put_back.clear()
 
-    def _recover(self, error: Exception) -> None:
-        """A batch was rolled back: forget what it left in memory; every party repeats what was not acknowledged."""
+    def _note_failure(self, error: Exception) -> None:
+        """A batch was rolled back: nothing is done before memory is again what the store holds."""
         log.error("a batch could not be stored: %s", error)
         self.metrics.batch_failures.inc()
         self.failed_batch = str(error)
+        self._must_recover = True
+        time.sleep(FAILED_PAUSE_S)
+
+    def _recover(self) -> None:
+        """Forget what a failed batch left in memory; every party repeats what was not acknowledged."""
         self._put_back.clear()
         self.sessions.forget()
-        with suppress(Exception):  # the database may still be away; the next turn tries again
-            self.transfers.load()
-            self.rounds.recover()
-        time.sleep(FAILED_PAUSE_S)
+        self.transfers.load()
+        self.rounds.recover()
+        self._must_recover = False
+        self._release_replies()
 
     def _note(self, packet: Inbound, one: Handled) -> None:
         self.metrics.received_bytes.inc(len(packet.payload))
@@ -214,11 +224,8 @@ class Gateway:
         for name, every_s, action in due:
             if now - self._last[name] >= every_s or now < self._last[name]:
                 self._last[name] = now
-                try:
-                    action(now)
-                    self._release_replies()
-                except (StorageFullError, TemporaryError, sqlite3.Error, OSError) as error:
-                    self._recover(error)
+                action(now)
+                self._release_replies()
 
     def _each_second(self, now: float) -> None:
         if self.roster.reload(now):

@@ -197,15 +197,28 @@ class PostgresDatabase:
             ) from None
 
     def _run(self, sql: str, params: Sequence[Any]) -> Any:
-        with self._lock:
-            if self._db.closed and self._depth == 0:
-                self._db = self._connect()
+        with self._lock, self._errors():
+            self._reconnect()
+            return self._db.execute(_placeholders(sql), params)
+
+    def _reconnect(self) -> None:
+        """A server that was there once and is away now is a matter of time, not of the configuration."""
+        if self._db.closed and self._depth == 0:
             try:
-                return self._db.execute(_placeholders(sql), params)
-            except self._psycopg.errors.DiskFull as error:
-                raise StorageFullError("PostgreSQL's disk is full", hint="free space on its server") from error
-            except self._psycopg.OperationalError as error:
-                raise TemporaryError("PostgreSQL did not answer") from error
+                self._db = self._connect()
+            except UnavailableError as error:
+                raise TemporaryError(str(error)) from error
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except self._psycopg.errors.DiskFull as error:
+            raise StorageFullError("PostgreSQL's disk is full", hint="free space on its server") from error
+        except self._psycopg.OperationalError as error:
+            raise TemporaryError("PostgreSQL did not answer") from error
+        except self._psycopg.Error as error:
+            raise TemporaryError(f"PostgreSQL refused a statement: {type(error).__name__}") from error
 
     def execute(self, sql: str, params: Sequence[Any] = ()) -> int:
         """See Database."""
@@ -213,8 +226,10 @@ class PostgresDatabase:
 
     def executemany(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
         """See Database."""
-        with self._lock, self._db.cursor() as cursor:
-            cursor.executemany(_placeholders(sql), list(rows))
+        with self._lock, self._errors():
+            self._reconnect()
+            with self._db.cursor() as cursor:
+                cursor.executemany(_placeholders(sql), list(rows))
 
     def query(self, sql: str, params: Sequence[Any] = ()) -> list[Row]:
         """See Database."""
@@ -231,13 +246,28 @@ class PostgresDatabase:
                 yield
             except BaseException:
                 self._depth -= 1
-                if self._depth == 0 and not self._db.closed:
-                    with contextlib.suppress(self._psycopg.Error):
-                        self._db.execute("ROLLBACK")
+                if self._depth == 0:
+                    self._roll_back()
                 raise
             self._depth -= 1
             if self._depth == 0:
-                self._run("COMMIT", ())
+                self._commit()
+
+    def _commit(self) -> None:
+        """Commit on the connection that has the transaction, never on another one."""
+        try:
+            with self._errors():
+                self._db.execute("COMMIT")
+        except BaseException:
+            self._roll_back()
+            raise
+
+    def _roll_back(self) -> None:
+        """Leave the transaction; a connection that cannot is given up, and the server does it."""
+        try:
+            self._db.execute("ROLLBACK")
+        except self._psycopg.Error:
+            self._db.close()
 
     def script(self, statements: Sequence[str]) -> None:
         """See Database."""

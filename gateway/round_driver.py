@@ -112,6 +112,13 @@ class RoundTable:
         )
         return dict(unpack(rows[0][0])) if rows else {}
 
+    def last(self) -> dict[str, Any]:
+        """The record of the last round that has ended; empty where none has."""
+        rows = self._store.database.query(
+            "SELECT record FROM rounds WHERE snapshot IS NULL ORDER BY number DESC LIMIT 1"
+        )
+        return dict(unpack(rows[0][0])) if rows else {}
+
     def ended(self) -> int:
         """How many rounds have ended."""
         return int(self._store.database.query("SELECT count(*) FROM rounds WHERE snapshot IS NULL")[0][0])
@@ -227,7 +234,7 @@ class RoundDriver:
 
     def tick(self, now: float) -> None:
         """Let time pass; opens the next round where ``auto`` is set. Runs in a transaction of its own."""
-        if not self.conductor.rounds and not self.settings.get("auto"):
+        if not (self.conductor.rounds or self.conductor.over or self.settings.get("auto")):
             return
         with self._store.batch():
             self._carry_out(self.conductor.tick(now))

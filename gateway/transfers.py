@@ -80,16 +80,17 @@ class Transfers:
 
     def load(self) -> None:
         """Take the state from the store (at start, and after a transaction failed)."""
-        for transfer in self._open.values():
-            _close(transfer)
-        self._open = {}
+        fresh: dict[Key, Transfer] = {}
         for row in self._store.database.query(f"SELECT {_COLUMNS} FROM transfers"):  # noqa: S608 - fixed columns
             party, ref, what, size, chunk_bytes, digest, number, expires, meta, have, path = row
             there = (self._store.blobs / path).is_file()
             incoming = Incoming(size, chunk_bytes, have=bytes(have) if there else b"", regrant_s=self._limits.regrant_s)
-            self._open[party, bytes(ref)] = Transfer(
+            fresh[party, bytes(ref)] = Transfer(
                 party, bytes(ref), what, bytes(digest), number, expires, unpack(meta), path, incoming, resumed=True
             )
+        for transfer in self._open.values():
+            _close(transfer)
+        self._open = fresh
 
     def offer(self, party: str, offer: Offer, now: float) -> None:
         """Open or continue an upload; chunks are granted by `grants`.

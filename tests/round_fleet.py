@@ -43,6 +43,9 @@ class MemoryStore:
     def records(self):
         return [dataclasses.asdict(r) for r in self.closed]
 
+    def last(self):
+        return dataclasses.asdict(self.closed[-1]) if self.closed else {}
+
 
 class Fleet:
     """``lost(kind, device)`` may return True to lose a message; ``gone`` names devices that say nothing any more."""

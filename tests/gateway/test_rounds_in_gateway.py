@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from gateway_site import Device, Recipient, Site, exchange
+from round_site import SIZE, finish, opened, turn, update
 
 from edgepriv.mqtt import BrokerSettings
 from edgepriv.risk.config import AuditSection, RiskConfig, RiskSection, RoundsSection
@@ -22,8 +23,6 @@ from edgepriv.wire.update import decode_update, encode_update
 from gateway.cli_rounds import rounds
 from gateway.round_audits import leakage, lines
 
-SIZE = 5000
-
 
 @pytest.fixture
 def site(tmp_path):
@@ -34,45 +33,6 @@ def site(tmp_path):
     made.weights = weights
     yield made
     made.close()
-
-
-def opened(site, gateway, devices):
-    """A round over both devices, from the weights to its announcement."""
-    for device in devices:
-        exchange(gateway, device, device.record())
-    site.now += 1
-    gateway.step()
-    gateway.rounds.set_weights(site.weights, "m")
-    number = gateway.rounds.start({}, site.now)
-    gateway._release_replies()
-    turn(gateway, devices)
-    return number
-
-
-def turn(gateway, devices, *packets):
-    """One step of the gateway and what the devices answer."""
-    gateway.link.inbox += packets
-    gateway.step()
-    down, gateway.link.sent = gateway.link.sent, []
-    for device in devices:
-        gateway.link.inbox += device.take(down)
-
-
-def update(device, value, number, examples=1):
-    raw = encode_update({"w": np.full(SIZE, value, np.float32)})
-    return raw, device.offer(raw, "update", number, 1024, meta={"examples": examples})
-
-
-def finish(site, gateway, devices, offers, turns=200):
-    """Repeat offers until all are acknowledged and the round has ended."""
-    for _ in range(turns):
-        again = [d.seal(o) for d, o in zip(devices, offers, strict=True) if o.digest not in d.acks]
-        turn(gateway, devices, *again)
-        site.now += 0.6
-        ended = gateway.store.database.query("SELECT state FROM rounds WHERE snapshot IS NULL")
-        if ended and all(o.digest in d.acks for d, o in zip(devices, offers, strict=True)):
-            return gateway.rounds.table.records()[-1]
-    raise AssertionError("the round did not end")
 
 
 def test_a_round_ends_with_the_weighted_mean_and_devices_fetch_it(site):
