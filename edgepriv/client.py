@@ -22,7 +22,7 @@ from edgepriv.wire.transfer import REF_BYTES, Download, chunk_bytes_for
 from edgepriv.wire.trust import MAX_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
     from types import TracebackType
 
@@ -73,6 +73,7 @@ class GatewayClient:
         password_file: Path | None = None,
         timeout_s: float = 30.0,
         link: PahoLink | None = None,
+        on_wait: Callable[[], None] = lambda: None,
     ) -> None:
         """Connect and open the session.
 
@@ -87,11 +88,12 @@ class GatewayClient:
             password_file: file that holds the password.
             timeout_s: patience for each request.
             link: an open connection instead of a new one.
+            on_wait: called several times a second while anything is awaited (a watchdog); what it raises ends the wait.
 
         Raises:
             UnavailableError: no broker; TemporaryError: the gateway does not answer; TrustError: not listed.
         """
-        self.name, self.timeout_s = identity.name, timeout_s
+        self.name, self.timeout_s, self._on_wait = identity.name, timeout_s, on_wait
         self._signed, self._session = open_session(
             identity, trust, gateway, seq=time.time_ns() // 1000, now=time.time()
         )
@@ -104,7 +106,7 @@ class GatewayClient:
         self._accepted = False
         try:
             self.link.subscribe(topics.down(self.name))
-            self.link.wait(timeout_s)
+            self._await_broker()
             self._open()
         except BaseException:
             self.link.close()
@@ -229,6 +231,13 @@ class GatewayClient:
 
     # --- the session --------------------------------------------------------------------------------------
 
+    def _await_broker(self) -> None:
+        deadline = time.monotonic() + self.timeout_s
+        while not self.link.connected and time.monotonic() < deadline:
+            self._on_wait()
+            time.sleep(0.02)
+        self.link.wait(0.0)
+
     def _open(self) -> None:
         deadline, sent = time.monotonic() + self.timeout_s, -RESEND_S
         while not self._accepted:
@@ -245,6 +254,7 @@ class GatewayClient:
         self.link.send(self._topic, self._session.seal(self._topic, messages.encode(message)))
 
     def _receive(self) -> None:
+        self._on_wait()
         for packet in self.link.wait_inbound(0.1):
             try:
                 body = messages.decode(self._session.open(packet.topic, packet.payload))

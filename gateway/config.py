@@ -75,9 +75,14 @@ class OutputsSection:
 
 @dataclass(frozen=True, slots=True)
 class ModelsSection:
-    """Model delivery. ``require_verdict``: withhold a model without a valid verdict of the risk service."""
+    """Model delivery. ``require_verdict``: withhold a model without a valid verdict of the risk service.
+
+    ``policies``: release policies of this site's devices, by the names that verdicts use (``argmax``, ``softmax:1``): a
+    verdict that does not hold for each of them withholds the model. Empty leaves that to the devices, which check it.
+    """
 
     require_verdict: bool = True
+    policies: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
 Rules: a model is an object in the store, offered by its SHA-256. With ``require_verdict`` a model without a verdict
 that is signed by a risk key of the trust list, names exactly these bytes and has not expired is withheld from devices
-(never from the risk service, which must see it to judge it). A halted model is withheld from everybody else. The
+(never from the risk service, which must see it to judge it); so is one that was not judged for every release policy
+that ``[models] policies`` names. A halted model is withheld from everybody else. The
 device checks the verdict again: the gateway is not trusted with this, it only does not waste the device's time.
 
 A rollout (`gateway.rollout`) offers a model to a growing share of the devices and halts by itself when too many report
@@ -14,7 +15,8 @@ Its manifest, signed by the owner or an issuer, names the digest that each level
 of those. It is withheld unless there is at least one, and every one is valid, good and of one of these digests.
 
 A verdict's bytes: CBOR ``[body, signature]``, the body a byte string (CBOR map) with ``model`` (SHA-256 of the bytes),
-``verdict``, ``policy``, ``serial``, ``issued``, ``expires`` (Unix seconds); Ed25519 for the use ``verdict``.
+``verdict``, ``policy`` (names joined by commas), ``serial``, ``issued``, ``expires`` (Unix seconds), and what only
+devices compare: ``purifier``, ``output``, ``scale``, ``mean``, ``colour``; Ed25519 for the use ``verdict``.
 """
 
 from __future__ import annotations
@@ -54,11 +56,6 @@ class Verdict:
     serial: int
     issued: int
     expires: int
-
-    @property
-    def good(self) -> bool:
-        """Whether it admits a model, as far as its word goes."""
-        return self.verdict == GOOD_VERDICT
 
 
 def read_verdict(raw: bytes, roster: Roster, sender: str, now: float) -> Verdict:
@@ -142,7 +139,6 @@ class Models:
             "protected": protected,
             "verdict": verdict.verdict if verdict else "not audited",
             "verdict_bytes": meta.get("verdict", b""), "risk": meta.get("risk", ""),
-            "valid": verdict is not None and verdict.expires > now and not (objection and verdict.good),
             "policy": verdict.policy if verdict else "", "expires": verdict.expires if verdict else 0,
             "withheld": objection or ("" if state == OFFERED else state),
         }  # fmt: skip
@@ -163,7 +159,10 @@ class Models:
         """Why a valid verdict does not admit its model; empty where it does."""
         if not self._settings.require_verdict:
             return ""
-        return "" if verdict.good else f"the verdict is {verdict.verdict!r}"
+        if verdict.verdict != GOOD_VERDICT:
+            return f"the verdict is {verdict.verdict!r}"
+        missing = sorted(set(self._settings.policies) - set(verdict.policy.split(",")))
+        return f"it was judged for {verdict.policy}, not for {', '.join(missing)}" if missing else ""
 
     def _bundled(self, _digest: bytes, meta: dict[str, Any], now: float) -> tuple[Verdict | None, str]:
         """The weakest verdict in a protected model's delivery, and why it is withheld."""
@@ -172,17 +171,18 @@ class Models:
         if not meta["bundled"]:
             needed = self._settings.require_verdict
             return None, "no verdict of the risk service on the bytes that would run" if needed else ""
-        known = [self._by_any_risk_service(raw, now) for raw in meta["bundled"]]
-        read = sorted((v for v in known if v), key=lambda v: (v.good, v.expires))
-        own = [v for v in read if v.model in meta["runs"]]
-        weakest = own[0] if own else None
-        if len(read) < len(known):
-            return weakest, "a verdict in it is not signed by a risk service that is trusted"
-        if len(own) < len(read):
-            return weakest, "a verdict in it is of other bytes than those that would run"
-        if any(v.expires <= now for v in own):
-            return weakest, "the verdict has expired"
-        return weakest, next(filter(None, map(self._objection, own)), "")
+        verdict = None
+        for raw in meta["bundled"]:
+            verdict = self._by_any_risk_service(raw, now)
+            if verdict is None:
+                return None, "a verdict in it is not signed by a risk service that is trusted"
+            if verdict.model not in meta["runs"]:
+                return verdict, "a verdict in it is of other bytes than those that would run"
+            if verdict.expires <= now:
+                return verdict, "the verdict has expired"
+            if objection := self._objection(verdict):
+                return verdict, objection
+        return verdict, ""
 
     def _by_any_risk_service(self, raw: bytes, now: float) -> Verdict | None:
         for party in self._roster.trust.with_role("risk"):

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from edgepriv.device.models import ModelStore, Trust
 from edgepriv.device.packing import Golden, Limits, pack
 from edgepriv.device.shipments import permission_name
+from edgepriv.device.verdicts import Release
 from edgepriv.keys import Identity
 from edgepriv.selective_encryption import carrier, manifest, protection
 from edgepriv.selective_encryption import delivery as metadata
@@ -88,15 +89,15 @@ class Maker:
         for name, content in self.files(version).items():
             (folder / name).write_bytes(content)
 
-    def verdict(self, version=1, word="low leakage", *, model=None, expires=LASTS_S, risk=None):
-        """A signed verdict on the bytes that will run (or on others)."""
+    def verdict(self, version=1, word="low leakage", *, model=None, expires=LASTS_S, risk=None, **changed):
+        """A signed verdict on the bytes that will run (or on others); a changed field that is None is left out."""
         digest = model or self.bundle(version).decoded.levels[0].digest
-        body = cbor.encode(
-            {
-                "model": digest, "verdict": word, "policy": "argmax", "serial": 1, "issued": self.now,
-                "expires": self.now + expires,
-            }
-        )  # fmt: skip
+        fields = {
+            "model": digest, "verdict": word, "policy": "argmax", "purifier": b"", "output": ["", "y"],
+            "scale": [1 / 255], "mean": [0.0], "colour": "RGB", "serial": 1, "issued": self.now,
+            "expires": self.now + expires, **changed,
+        }  # fmt: skip
+        body = cbor.encode({name: value for name, value in fields.items() if value is not None})
         return cbor.encode([body, (risk or self.risk).sign("verdict", body)])
 
     def delivery(self, version, *, limits=None, labels=None, verdict="good", issuer=None, toml=TOML):
@@ -128,8 +129,9 @@ class Maker:
         return [row.tobytes() for row, other in pairs if (row != other).any()]
 
     def trust(self, **more):
-        """What a device of this owner believes."""
-        return Trust([self.issuer.public.ed25519], [self.risk.public.ed25519], require_verdict=True, **more)
+        """What a device of this owner believes, that releases under argmax."""
+        known = [self.issuer.public.ed25519], [self.risk.public.ed25519]
+        return Trust(*known, **{"require_verdict": True, "release": Release("argmax"), **more})
 
 
 def runner(restored):

@@ -245,7 +245,7 @@ def _store(path: Path) -> tuple[ModelStore, bytes]:
     versions = config.device.state / "trust-version"
     config.device.state.mkdir(parents=True, exist_ok=True, mode=0o700)
     listed = TrustFile(config.device.trust, config.device.owner, versions, clock=time.time).current()
-    trust = protected.trust_of(listed, owner, listed.policy_for(identity.name))
+    trust = protected.device_trust(config, identity, listed)
     return protected.store_of(config.device.state, identity, trust, lambda line: click.echo(line, err=True)), owner
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import threading
@@ -10,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgepriv.errors import EdgeprivError, KeyFileError, MissingFileError, RiskThresholdError
+from edgepriv.errors import EdgeprivError, KeyFileError, MissingFileError, RiskThresholdError, TemporaryError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from edgepriv.risk.config import RiskConfig
+    from edgepriv.risk.jobs import Job, JobQueue
     from edgepriv.risk.service import RiskService
 
 CONFIG = click.option(
@@ -39,9 +43,16 @@ def serve(config_path: Path, json_logs: bool, steps: int) -> None:
 
     configure_logs(json_lines=json_logs)
     config = load_config(config_path)
-    service = open_service(config)
-    pages = serve_pages(service, config.http.host, config.http.port) if config.http.port else None
     stop, notifier = threading.Event(), Notifier()
+
+    def waiting() -> None:
+        """The service waits for the gateway: it is alive, and a stop does not wait with it."""
+        notifier.alive()
+        if stop.is_set():
+            raise TemporaryError("the service stops")
+
+    service = open_service(config, waiting)
+    pages = serve_pages(service, config.http.host, config.http.port) if config.http.port else None
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     notifier.ready()
@@ -59,7 +70,7 @@ def serve(config_path: Path, json_logs: bool, steps: int) -> None:
             pages.shutdown()
 
 
-def open_service(config: RiskConfig) -> RiskService:
+def open_service(config: RiskConfig, on_wait: Callable[[], None] = lambda: None) -> RiskService:
     """Read keys and trust list, and make the service with the device's own release policies."""
     import time
 
@@ -83,6 +94,7 @@ def open_service(config: RiskConfig) -> RiskService:
         client = GatewayClient(
             broker.url, identity, trust.current(), config.risk.gateway, shard=config.risk.shard,
             tls=broker.tls, username=broker.username, password_file=broker.password_file,
+            on_wait=on_wait,
         )  # fmt: skip
         try:
             adopt_newer(client, trust)
@@ -103,12 +115,13 @@ def open_service(config: RiskConfig) -> RiskService:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def list_(config_path: Path, as_json: bool) -> None:
     """List audited and waiting models."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "model": job.name,
             "digest": job.digest.hex(),
             "state": job.state,
-            "verdict": (job.report or {}).get("verdict"),
+            "verdict": (job.report or {}).get("verdict") if job.state == "done" else None,
+            "before": (job.report or {}).get("verdict") if job.state != "done" else None,
             "error": job.error,
         }
         for job in _jobs(config_path)
@@ -127,12 +140,22 @@ def list_(config_path: Path, as_json: bool) -> None:
 def show(config_path: Path, digest: str, as_json: bool) -> None:
     """Show the audit of a model by the beginning of its digest; exit code 3 unless leakage is low."""
     found = [job for job in _jobs(config_path) if job.digest.hex().startswith(digest)]
-    if len(found) != 1 or found[0].report is None:
+    if len(found) != 1 or found[0].report is None or found[0].state != "done":
         raise MissingFileError(f"no finished audit of {digest!r}", hint="edgepriv risk list shows them")
     report = found[0].report
     click.echo(json.dumps(report) if as_json else f"{found[0].name}: {report['verdict']} - {report['reason']}")
     if report["verdict"] != "low leakage":
         raise RiskThresholdError(f"{found[0].name}: {report['verdict']}", hint="do not deploy it")
+
+
+@risk.command()
+@CONFIG
+@click.argument("digest")
+def retry(config_path: Path, digest: str) -> None:
+    """Audit a given up or waiting model at once, by the beginning of its digest; the service may be running."""
+    with _queue(config_path) as queue:
+        job = queue.retry(digest.lower())
+    click.echo(f"{job.digest.hex()[:12]} {job.name} is queued")
 
 
 @risk.command()
@@ -160,7 +183,13 @@ def rounds(config_path: Path, as_json: bool) -> None:
         click.echo("no round has been audited; [rounds] canaries of risk.toml turns it on")
 
 
-def _jobs(config_path: Path) -> list[Any]:
+def _jobs(config_path: Path) -> list[Job]:
+    with _queue(config_path) as queue:
+        return queue.listed()
+
+
+@contextlib.contextmanager
+def _queue(config_path: Path) -> Iterator[JobQueue]:
     from edgepriv.risk.config import load_config
     from edgepriv.risk.jobs import JobQueue
 
@@ -170,6 +199,6 @@ def _jobs(config_path: Path) -> list[Any]:
         raise MissingFileError(f"no risk service has run in {config.risk.state}")
     queue = JobQueue(path, max_jobs=config.audit.max_jobs)
     try:
-        return queue.listed()
+        yield queue
     finally:
         queue.close()

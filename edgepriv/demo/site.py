@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 GATEWAY, RISK, RECIPIENT = "gateway-site", "risk-site", "op-site"
+POLICY = "argmax"
 DAY_S = 86_400
 MIN_COHORT = 3
 
@@ -80,7 +81,7 @@ def write_gateway(site: Site, broker: str, *, port: int, weights: Path | None, d
     text += table("broker", url=broker)
     text += table("http", port=port)
     text += table("outputs", window_s=10, publish_every_s=1.0)
-    text += table("models", require_verdict=True)
+    text += table("models", require_verdict=True, policies=[POLICY])
     if weights is not None:
         text += table(
             "rounds", model="backbone", weights=str(weights), quorum=max(1, devices // 2 + 1),
@@ -102,7 +103,7 @@ def write_device(
     text += table("broker", url=broker)
     text += table("model", path=str(model), threads=1)
     text += table("source", kind="simulated", data=data, rows=rows, seed=seed)
-    text += table("release", policy="argmax")
+    text += table("release", policy=POLICY)
     # a run with few frames still trains, on what there is
     text += table("rounds", min_cohort=MIN_COHORT, require_masks=masked, min_samples=min(8, frames))
     text += table("run", frames=frames, linger_s=100_000.0, status_s=2.0)
@@ -117,7 +118,7 @@ def write_risk(site: Site, broker: str, *, port: int, probe: Path) -> Path:
         gateway=GATEWAY,
     )  # fmt: skip
     text += table("broker", url=broker)
-    text += table("audit", probe=str(probe), policies=["argmax", "unsafe_raw_logits"], auditors="ridge")
+    text += table("audit", probe=str(probe), policies=[POLICY, "unsafe_raw_logits"], auditors="ridge")
     text += table("http", port=port)
     site.config(RISK).write_text(text)
     return site.config(RISK)

@@ -25,6 +25,7 @@ import numpy as np
 
 from edgepriv import files
 from edgepriv.device import packing
+from edgepriv.device.infer import load_spec
 from edgepriv.device.verdicts import check_verdict, verdict_path
 from edgepriv.errors import DataError, EdgeprivError, MissingFileError, RefusedError, TrustError
 from edgepriv.selective_encryption import bundle_files, manifest
@@ -34,24 +35,29 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection
     from pathlib import Path
 
+    from edgepriv.device.verdicts import Release
     from edgepriv.keys import Identity
     from edgepriv.selective_encryption.restore import Restored
 
     Runner = Callable[[Restored], Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]]
 
-PERMISSION = "permission"
+PERMISSION, CARRIER = "permission", "carrier.onnx"
 MAX_REASONS = 32
 MAX_ATTEMPTS = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Trust:
-    """Whom the device believes, from its pinned ``trust.cbor``."""
+    """Whom the device believes, from its pinned ``trust.cbor``.
+
+    ``release``: what a verdict must have been reached for.
+    """
 
     issuers: Collection[bytes]
     risk_keys: Collection[bytes]
     require_verdict: bool = False
     revoked: Collection[str] = ()
+    release: Release | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,13 +296,15 @@ class ModelStore:
         return open_level(signed, permission.read_bytes(), stored, self.identity, self.trust.issuers, now_s=now_s)
 
     def open_judged(self, name: str = "") -> Restored:
-        """As `open`; where the owner's policy demands it, only with a good verdict on exactly these bytes."""
+        """As `open`; where the owner's policy demands it, only with a good verdict on these bytes and this release."""
         name = name or self.state.current
         restored = self.open(name)
         if self.trust.require_verdict:
-            path = verdict_path(self._place(name), restored.level)
+            path, keys = verdict_path(self._place(name), restored.level), self.trust.risk_keys
+            about: dict[str, Any] = {"release": self.trust.release}
             try:
-                self.raise_floor(check_verdict(path, restored.digest, self.trust.risk_keys, self.state.floor_s))
+                about["spec"] = load_spec(self._place(name) / CARRIER)
+                self.raise_floor(check_verdict(path, restored.digest, keys, self.state.floor_s, **about))
             except BaseException:
                 restored.wipe()
                 raise

@@ -11,9 +11,11 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from edgepriv.device.infer import Inferer, load_spec
-from edgepriv.device.models import ModelStore, Trust
+from edgepriv.device.models import CARRIER, ModelStore, Trust
+from edgepriv.device.purify import OutputPurifier
+from edgepriv.device.release import parse_policy
 from edgepriv.device.time_floor import TimeFloor
-from edgepriv.device.verdicts import check_verdict, verdict_path
+from edgepriv.device.verdicts import Release, check_verdict, verdict_path
 from edgepriv.errors import DataError, EdgeprivError, MissingFileError
 from edgepriv.keys import load_identity, load_public
 from edgepriv.selective_encryption import bundle_files
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from edgepriv.device.config import DeviceConfig
+    from edgepriv.device.config import DeviceConfig, ReleaseConfig
+    from edgepriv.device.infer import ModelSpec
     from edgepriv.keys import Identity
     from edgepriv.selective_encryption.restore import Restored
     from edgepriv.wire.trust import TrustList
@@ -40,7 +43,9 @@ def is_protected(path: Path) -> bool:
     return (folder / bundle_files.MANIFEST).is_file()
 
 
-def trust_of(listed: TrustList, owner: bytes, policy: dict[str, Any] | None = None) -> Trust:
+def trust_of(
+    listed: TrustList, owner: bytes, policy: dict[str, Any] | None = None, *, release: Release | None = None
+) -> Trust:
     """Whom a device believes about models: the owner, listed issuers, risk keys; policy is the owner's."""
     chosen = policy or {}
     return Trust(
@@ -48,7 +53,14 @@ def trust_of(listed: TrustList, owner: bytes, policy: dict[str, Any] | None = No
         [party.ed25519 for party in listed.with_role("risk")],
         require_verdict=bool(chosen.get("require_verdict", False)),
         revoked=listed.revoked,
+        release=release,
     )
+
+
+def release_of(config: ReleaseConfig) -> Release:
+    """What a verdict must have been reached for: ``[release]`` policy and purifier."""
+    purifier = OutputPurifier.load(config.purifier).digest if config.purifier is not None else b""
+    return Release(parse_policy(config.policy).name, purifier)
 
 
 def open_protected(path: Path, permission: Path | None, identity: Identity, trust: Trust, *, now_s: int) -> Restored:
@@ -93,7 +105,7 @@ def open_inferer(
         EdgeprivError: nothing that may run can be opened.
     """
     path, threads = config.model.path, config.model.threads
-    trust = _device_trust(config, identity, listed)
+    trust = device_trust(config, identity, listed)
     if is_store(path):
         store = ModelStore(path, identity, trust)
         if only_look:
@@ -117,13 +129,22 @@ def _from_path(config: DeviceConfig, identity: Identity, trust: Trust, now_s: in
     path, threads = config.model.path, config.model.threads
     if not is_protected(path):
         if trust.require_verdict:
-            check_verdict(verdict_path(path.parent, 0), _digest(path), trust.risk_keys, now_s)
+            _check(trust, path.parent, 0, _digest(path), load_spec(path), now_s)
         return Inferer.from_file(path, threads=threads)
     restored = open_protected(path, config.model.permission, identity, trust, now_s=now_s)
     folder = path if path.is_dir() else path.parent
     if trust.require_verdict:
-        check_verdict(verdict_path(folder, restored.level), restored.digest, trust.risk_keys, now_s)
+        try:
+            _check(trust, folder, restored.level, restored.digest, load_spec(folder / CARRIER), now_s)
+        except BaseException:
+            restored.wipe()
+            raise
     return _inferer(restored, folder, threads)
+
+
+def _check(trust: Trust, folder: Path, level: int, digest: bytes, spec: ModelSpec, now_s: int) -> None:
+    path = verdict_path(folder, level)
+    check_verdict(path, digest, trust.risk_keys, now_s, release=trust.release, spec=spec)
 
 
 def is_store(path: Path) -> bool:
@@ -133,7 +154,7 @@ def is_store(path: Path) -> bool:
 
 def configured_store(config: DeviceConfig, identity: Identity, listed: TrustList) -> ModelStore:
     """The model store that ``[model] path`` names."""
-    return ModelStore(config.model.path, identity, _device_trust(config, identity, listed))
+    return ModelStore(config.model.path, identity, device_trust(config, identity, listed))
 
 
 def _digest(path: Path) -> bytes:
@@ -142,13 +163,15 @@ def _digest(path: Path) -> bytes:
     return hashlib.sha256(path.read_bytes()).digest()
 
 
-def _device_trust(config: DeviceConfig, identity: Identity, listed: TrustList) -> Trust:
-    return trust_of(listed, load_public(config.device.owner).ed25519, listed.policy_for(identity.name))
+def device_trust(config: DeviceConfig, identity: Identity, listed: TrustList) -> Trust:
+    """Whom this device believes about models, and what for, by its configuration and the owner's policy."""
+    owner, policy = load_public(config.device.owner).ed25519, listed.policy_for(identity.name)
+    return trust_of(listed, owner, policy, release=release_of(config.release))
 
 
 def _inferer(restored: Restored, folder: Path, threads: int) -> Inferer:
     try:
-        return Inferer(restored, load_spec(folder / "carrier.onnx"), threads=threads)
+        return Inferer(restored, load_spec(folder / CARRIER), threads=threads)
     finally:
         restored.wipe()
 

@@ -10,6 +10,7 @@ File: JSON, schema ``edgepriv.output-purifier/1``, keys ``centres`` [k][k] (mean
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -38,10 +39,11 @@ class OutputPurifier:
     Args:
         centres: mean log-softmax of each class, [k, k].
         strength: 0 changes nothing, 1 leaves the centre alone.
+        digest: SHA-256 of the file that it was read from, which a verdict names.
     """
 
-    def __init__(self, centres: NDArray[np.float64], strength: float) -> None:
-        self._centres, self._strength = centres, strength
+    def __init__(self, centres: NDArray[np.float64], strength: float, digest: bytes = b"") -> None:
+        self._centres, self._strength, self.digest = centres, strength, digest
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> OutputPurifier:
@@ -64,7 +66,7 @@ class OutputPurifier:
             raise DataError("the purifier's file is not valid")
         if not 0 <= strength <= 1:
             raise DataError("the purifier's file is not valid: its strength is not between 0 and 1")
-        return cls(centres, strength)
+        return cls(centres, strength, hashlib.sha256(raw).digest())
 
     @classmethod
     def load(cls, path: Path) -> OutputPurifier:
@@ -94,7 +96,7 @@ class PurifiedPolicy:
     def __init__(self, policy: ReleasePolicy, purifier: OutputPurifier) -> None:
         if policy.task != "classify":
             raise ConfigError(f"a purifier is for classifiers; {policy.name!r} is a policy for {policy.task}")
-        self._policy, self._purifier = policy, purifier
+        self._policy, self._purifier, self.purifier_digest = policy, purifier, purifier.digest
         self.name, self.task, self.decimals = policy.name, policy.task, policy.decimals
 
     def bits(self, size: int) -> float:

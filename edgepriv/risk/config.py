@@ -30,6 +30,9 @@ class AuditSection:
     """``[audit]``: the auditor's own pictures, the policies that devices use, and what an audit may spend.
 
     ``purifier``: the file that the devices' ``[release]`` names, so that what is judged is what they release.
+    ``output``, ``scale``, ``mean``, ``colour``: as in the models' ``model.toml`` (``output`` is its ``logits``, empty
+    for the first one); pictures with one channel are ``gray`` whatever ``colour`` says. All of these are signed in the
+    verdict, and a device that does otherwise refuses it. ``report_days``: a conclusion that is older is reached again.
     """
 
     probe: str
@@ -49,6 +52,11 @@ class AuditSection:
     max_model_mb: float = 512.0
     memory_mb: float = 4096.0
     purifier: Path | None = None
+    output: str = ""
+    scale: tuple[float, ...] = (1 / 255,)
+    mean: tuple[float, ...] = (0.0,)
+    colour: str = "RGB"
+    report_days: float = 180.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +116,10 @@ def load_config(path: Path) -> RiskConfig:
         raise ConfigError(f"{path}: executor must be processes or ray, not {audit.executor!r}")
     if audit.workers < 1 or audit.max_jobs < 1 or not audit.policies:
         raise ConfigError(f"{path}: an audit needs a worker, room for a job and a policy")
+    if audit.colour not in {"RGB", "BGR"} or len(audit.scale) not in {1, 3} or len(audit.mean) not in {1, 3}:
+        raise ConfigError(f"{path}: [audit] colour must be RGB or BGR, scale and mean one value or three")
+    if audit.verdict_days <= 0 or audit.report_days <= 0:
+        raise ConfigError(f"{path}: verdict_days and report_days must be above 0")
     rounds = config.rounds
     if rounds.canaries and not rounds.model:
         raise ConfigError(f"{path}: [rounds] model is missing", hint="the architecture whose tensors rounds train")

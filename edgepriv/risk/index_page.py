@@ -76,6 +76,8 @@ def _model(name: str, jobs: list[Job]) -> str:
     link = f'<br><a href="/reports/{digest}.html">table and pictures</a>' if newest.report else ""
     word = _word(str(report["verdict"])) if report.get("verdict") else escape(newest.state)
     reason = escape(str(report.get("reason") or newest.error or ""))
+    if report and newest.state != "done":
+        reason = f"not valid any more: {escape(newest.error) or 'it is audited again'}; it was: {reason}"
     return (
         f'<tr><th scope="row">{escape(name)}<br><code>{digest[:16]}</code></th><td>{word}{link}</td><td>{reason}</td>'
         f"<td>{_moment(newest.finished)}</td><td>{_history(before)}</td></tr>"

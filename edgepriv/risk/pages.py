@@ -37,7 +37,8 @@ def listing(service: RiskService) -> list[dict[str, object]]:
             "digest": job.digest.hex(),
             "state": job.state,
             "error": job.error,
-            "verdict": (job.report or {}).get("verdict"),
+            "verdict": (job.report or {}).get("verdict") if job.state == "done" else None,
+            "before": (job.report or {}).get("verdict") if job.state != "done" else None,
             "attempts": job.attempts,
         }
         for job in service.jobs.listed()

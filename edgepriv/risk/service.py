@@ -1,9 +1,11 @@
 """The risk service: audits offered models and signs verdicts, audits rounds on canaries, watches for drift.
 
 Rules: what the gateway says is a claim: a model is audited only if its bytes have the digest it was offered under, and
-the verdict names that digest. The model's bytes are opened in the workers' child processes, which hold no key; the
-signing key stays here. One step does everything that is due and never waits for an audit, so a stop takes effect at
-once; jobs that were running are queued again at the next start.
+the verdict names that digest. What is signed is what the stored audit was of: its bytes, policies, purifier and
+preprocessing; after a change of the settings that it depends on, or when it is old, the model is audited again. The
+model's bytes are opened in the workers' child processes, which hold no key; the signing key stays here. One step does
+everything that is due and never waits for an audit, and `close` kills the workers, so a stop takes effect at once; what
+ran is queued again. One offer that cannot be dealt with is counted and does not keep the others waiting.
 """
 
 from __future__ import annotations
@@ -16,11 +18,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from edgepriv import files
 from edgepriv.errors import EdgeprivError, TemporaryError, UnavailableError, WireError
+from edgepriv.risk.audit_settings import settings_digest
 from edgepriv.risk.drift import Drift, DriftWatch
 from edgepriv.risk.jobs import Job, JobQueue
 from edgepriv.risk.metrics import RiskMetrics
 from edgepriv.risk.round_watch import RoundWatch
-from edgepriv.risk.signed_verdict import DAY_S, held_policies, verdict_bytes
+from edgepriv.risk.signed_verdict import DAY_S, says, statement, verdict_bytes
 from edgepriv.risk.worker import AuditAnswer, AuditTask, run_task
 
 if TYPE_CHECKING:
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("edgepriv.risk")
 REF_BYTES = 16
 RENEW_SHARE = 0.25  # a verdict is signed again in the last quarter of its life
+CONNECTION = (TemporaryError, UnavailableError)  # the session's fault, not one offer's
 
 
 class Gateway(Protocol):
@@ -73,6 +77,7 @@ class RiskService:
     ) -> None:
         self.config, self._connect, self._sign, self._clock = config, connect, sign, clock
         self._pipelines, self._pool = tuple(pipelines), pool
+        self._settings = settings_digest(config.audit, self._pipelines)
         self.folder = config.risk.state
         for name in ("models", "reports"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
@@ -106,7 +111,10 @@ class RiskService:
         self.metrics.show_jobs(self.jobs.counts(), self.jobs.refused)
 
     def close(self) -> None:
-        """Stop the workers and the session; running audits are queued again at the next start."""
+        """Keep what is finished, kill the workers, end the session; what ran is queued again and not counted."""
+        self._collect(stopping=True)
+        for digest in self._running:
+            self.jobs.give_back(digest)
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._disconnect()
         self.jobs.close()
@@ -142,15 +150,31 @@ class RiskService:
                 continue
             if isinstance(size, int) and self.jobs.add(offer["digest"], str(offer.get("id", ""))[:200], size, now):
                 LOG.info("model %s (%s) is queued", offer.get("id"), offer["digest"].hex()[:12])
+                continue
+            job = self.jobs.find(offer["digest"])
+            if job is not None and (why := self._outdated(job, now)) and self.jobs.again(job.digest):
+                LOG.info("model %s is audited again: %s", job.name, why)
+
+    def _outdated(self, job: Job, now: float) -> str:
+        """Why what was concluded about a model is no answer to today's question; empty where it is one."""
+        if job.state not in {"done", "failed"}:
+            return ""
+        if job.settings != self._settings:
+            return "it was judged under other settings"
+        old = now - job.finished > self.config.audit.report_days * DAY_S
+        return "the report is old" if old and job.state == "done" else ""
 
     def _start(self, gateway: Gateway) -> None:
-        while len(self._running) < self.config.audit.workers and (job := self.jobs.take()) is not None:
+        while len(self._running) < self.config.audit.workers and (job := self._next()) is not None:
             path = self._model_file(gateway, job)
             if path is None:
                 continue
             task = AuditTask(path, self.config.audit, self._pipelines, job.name)
             self._running[job.digest] = self._pool.submit(run_task, task)
             LOG.info("audit of %s begins", job.name)
+
+    def _next(self) -> Job | None:
+        return self.jobs.take(self._clock(), settings=self._settings)
 
     def _model_file(self, gateway: Gateway, job: Job) -> Path | None:
         """Fetch a model's bytes, check their digest, and keep them; None where that fails."""
@@ -159,37 +183,55 @@ class RiskService:
             return path
         limit = int(self.config.audit.max_model_mb * 2**20)
         if not 0 < job.size <= limit:
-            self.jobs.put_back(job.digest, f"{job.size} bytes are over the limit of {limit}", self._clock(), final=True)
+            words = f"{job.size} bytes are over the limit of {limit}"
+            self.jobs.fail(job.digest, words, self._clock())
             return None
         try:
             raw = gateway.fetch_object(job.digest[:REF_BYTES], job.size, max_bytes=limit)
-        except EdgeprivError as error:
-            self.jobs.put_back(job.digest, str(error), self._clock())
+        except CONNECTION as error:
+            self.jobs.postpone(job.digest, str(error), self._clock())
             raise
+        except EdgeprivError as error:
+            self._not_now(job, "fetch", str(error))
+            return None
         if hashlib.sha256(raw).digest() != job.digest:
-            self.metrics.rejected.labels("digest").inc()
-            self.jobs.put_back(job.digest, "the gateway sent other bytes than it offered", self._clock())
+            self._not_now(job, "digest", "the gateway sent other bytes than it offered")
             return None
         files.replace(path, raw)
         return path
 
-    def _collect(self) -> None:
-        """Take what finished audits found."""
+    def _not_now(self, job: Job, kind: str, error: str) -> None:
+        """The gateway's fault: count it and ask again later."""
+        LOG.warning("model %s is not had: %s", job.name, error)
+        self.metrics.rejected.labels(kind).inc()
+        self.jobs.postpone(job.digest, error, self._clock())
+
+    def _collect(self, *, stopping: bool = False) -> None:
+        """Take what finished audits found; a worker that dies as the service stops says nothing of its model."""
         for digest, future in [(d, f) for d, f in self._running.items() if f.done()]:
+            if stopping and (future.cancelled() or future.exception() is not None):
+                continue
             del self._running[digest]
             try:
                 answer = future.result()
-            except Exception as error:  # the worker itself died: its model may be tried again
-                answer = AuditAnswer(error=f"the worker ended: {type(error).__name__}")
+            except Exception as error:  # the worker died, with nothing but this model in its hands
+                LOG.warning("audit of %s: %s", digest.hex()[:12], error)
                 self.metrics.rejected.labels("worker").inc()
-            self._keep(digest, answer)
+                self.jobs.worker_died(digest, str(error) or type(error).__name__, self._clock())
+            else:
+                self._keep(digest, answer)
 
     def _keep(self, digest: bytes, answer: AuditAnswer) -> None:
-        now = self._clock()
-        if answer.report is None:
+        now, report = self._clock(), answer.report
+        if report is not None and report["sha256"] != digest.hex():
+            answer = AuditAnswer(error="the audit was of other bytes than the model's", final=True)
+        if report is None or answer.report is None:
             LOG.warning("audit of %s failed: %s", digest.hex()[:12], answer.error)
             self.metrics.audits.labels("failed").inc()
-            self.jobs.put_back(digest, answer.error, now, final=answer.final)
+            if answer.final:
+                self.jobs.fail(digest, answer.error, now)
+            else:
+                self.jobs.postpone(digest, answer.error, now)
             return
         folder = self.folder / "reports"
         (folder / f"{digest.hex()}.json").write_text(json.dumps(answer.report, indent=2))
@@ -204,38 +246,37 @@ class RiskService:
         LOG.info("verdict on %s: %s", digest.hex()[:12], answer.report["verdict"])
 
     def _report(self, gateway: Gateway, offers: list[dict[str, Any]]) -> None:
-        """Send a signed verdict for every audited model whose verdict at the gateway is missing or near its end."""
-        now, life = self._clock(), self.config.audit.verdict_days * DAY_S
+        """Send a signed verdict where the gateway's is missing, near its end, or says something else."""
+        now = self._clock()
         for offer in offers:
             job = self.jobs.find(offer["digest"])
-            if job is None or job.report is None or not self._due(offer, now, life):
+            if job is None or job.state != "done" or job.report is None or self._outdated(job, now):
                 continue
-            raw = self.signed(job)
-            gateway.query("verdict", verdict=raw)
+            try:
+                said = statement(job.report, job.digest)
+                if not self._due(offer, said, now):
+                    continue
+                self._sent[job.digest] = now
+                raw = self._signed(said, now)
+                gateway.query("verdict", verdict=raw)
+            except (*CONNECTION, WireError):
+                raise
+            except EdgeprivError as error:
+                LOG.warning("no verdict on %s: %s", job.name, error)
+                self.metrics.rejected.labels("verdict").inc()
+                continue
             (self.folder / "reports" / f"{job.digest.hex()}.verdict").write_bytes(raw)
-            self._sent[job.digest] = now
             self.metrics.verdicts.inc()
 
-    def _due(self, offer: dict[str, Any], now: float, life: float) -> bool:
-        expires = offer.get("expires", 0)
+    def _due(self, offer: dict[str, Any], said: dict[str, Any], now: float) -> bool:
+        expires, life = offer.get("expires", 0), self.config.audit.verdict_days * DAY_S
         fresh = isinstance(expires, int | float) and expires - now > RENEW_SHARE * life
-        held = bool(offer.get("verdict_bytes")) and fresh
         recently = now - self._sent.get(offer["digest"], -1e18) < max(10.0, self.config.risk.poll_s * 3)
-        return not held and not recently
+        return not (fresh and says(offer.get("verdict_bytes"), said)) and not recently
 
-    def signed(self, job: Job) -> bytes:
-        """Sign a job's conclusion now."""
-        assert job.report is not None  # noqa: S101 - callers hold finished jobs
-        now = self._clock()
-        return verdict_bytes(
-            job.report,
-            job.digest,
-            held_policies([pipeline.name for pipeline in self._pipelines]),
-            serial=self.jobs.next_serial(now),
-            now=now,
-            days=self.config.audit.verdict_days,
-            sign=self._sign,
-        )
+    def _signed(self, said: dict[str, Any], now: float) -> bytes:
+        serial = self.jobs.next_serial(now)
+        return verdict_bytes(said, serial=serial, now=now, days=self.config.audit.verdict_days, sign=self._sign)
 
     def _watch(self, gateway: Gateway) -> None:
         """Compare the fleet's released outputs with the audits."""

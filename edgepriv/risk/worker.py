@@ -30,7 +30,10 @@ class AuditTask:
 
 @dataclass(frozen=True, slots=True)
 class AuditAnswer:
-    """What a worker found: report, page, pictures, the device's indicator file; or the error and if it is final."""
+    """What a worker found: report, page, pictures, the device's indicator file; or the error and if it is final.
+
+    An error that is not final is the machine's or the network's, not the model's.
+    """
 
     report: dict[str, Any] | None = None
     html: str = ""
@@ -56,11 +59,13 @@ def run_task(task: AuditTask) -> AuditAnswer:
 
 
 def _audited(task: AuditTask) -> AuditAnswer:
+    from edgepriv.risk.audit_settings import purifier_digests
     from edgepriv.risk.pictures import grid_png
+    from edgepriv.risk.prepared_model import PreparedModel
     from edgepriv.risk.reconstruction.audit import AuditRequest, audit_outputs
     from edgepriv.risk.reconstruction.decoders import DecoderSettings
     from edgepriv.risk.reconstruction.leakage import AuditSettings
-    from edgepriv.risk.reconstruction.supplied_model import OpeningLimits, SuppliedModel
+    from edgepriv.risk.reconstruction.supplied_model import OpeningLimits
     from edgepriv.risk.report import audit_html
 
     chosen = task.settings
@@ -79,11 +84,13 @@ def _audited(task: AuditTask) -> AuditAnswer:
         limit=chosen.max_explained_variance,
     )
     bench, training = _two_parts(chosen.probe)
-    model = SuppliedModel.find(task.model, limits=limits)
+    model = PreparedModel.prepared(task.model, chosen, limits=limits)
     audit = audit_outputs(model, bench, task.pipelines, request, reference_data=training)
     audit = replace(audit, model=task.name or audit.model)
     shown = [(n, grid_png([p.inputs, p.reconstructions, p.class_means])) for n, p in audit.pictures.items()]
-    return AuditAnswer(audit.as_dict(), audit_html(audit), tuple(shown), audit.indicator)
+    (purifier,) = set(purifier_digests(task.pipelines))
+    report = {**audit.as_dict(), "judged": model.judged(purifier)}
+    return AuditAnswer(report, audit_html(audit), tuple(shown), audit.indicator)
 
 
 def _two_parts(spec: str) -> tuple[Probe, Probe]:
@@ -109,12 +116,9 @@ def open_pool(settings: AuditSection) -> Executor:
     """
     if settings.executor == "ray":
         return RayPool(settings)
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
+    from edgepriv.risk.pool import ProcessPool
 
-    # spawn: a forked child would hold the parent's sockets and keys
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(settings.workers, mp_context=context)
+    return ProcessPool(settings.workers)
 
 
 def _ray() -> Any:

@@ -66,6 +66,21 @@ def bad_deliveries(maker):
             {},
             "not signed by a risk service",
         ),
+        "judged for another policy": (
+            lambda: maker.delivery(2, verdict=maker.verdict(2, policy="softmax:1,topk:3")),
+            {},
+            "release policies softmax:1,topk:3, this device releases argmax",
+        ),
+        "judged behind a purifier": (
+            lambda: maker.delivery(2, verdict=maker.verdict(2, purifier=b"p" * 32)),
+            {},
+            "behind the purifier 707070707070, this device releases without a purifier",
+        ),
+        "judged by an older risk service": (
+            lambda: maker.delivery(2, verdict=maker.verdict(2, purifier=None, output=None, scale=None, mean=None)),
+            {},
+            "older form",
+        ),
         "verdict expired": (lambda: maker.delivery(2, verdict=maker.verdict(2, expires=-1)), {}, "expired"),
         "too slow": (lambda: maker.delivery(2, limits=slow), {}, "ms is over"),
         "too large": (lambda: maker.delivery(2, limits=Limits(max_rss_bytes=10)), {"rss": lambda: 11}, "memory"),
@@ -155,10 +170,12 @@ CHILD = """
 import sys, time
 from pathlib import Path
 from edgepriv.device.models import ModelStore, Trust
+from edgepriv.device.verdicts import Release
 from edgepriv.keys import load_identity
 import numpy as np
 folder = Path(sys.argv[1])
-trust = Trust([(folder / "issuer").read_bytes()], [(folder / "risk").read_bytes()], require_verdict=True)
+known = [(folder / "issuer").read_bytes()], [(folder / "risk").read_bytes()]
+trust = Trust(*known, require_verdict=True, release=Release("argmax"))
 store = ModelStore(folder / "s", load_identity(folder / "device.key"), trust)
 def run(restored):
     restored.wipe()

@@ -13,6 +13,7 @@ from edgepriv.device.packing import Limits
 from edgepriv.device.protected import trust_of
 from edgepriv.device.shipments import install_shipment, outcome
 from edgepriv.device.start import start_device
+from edgepriv.device.verdicts import Release
 from edgepriv.errors import AuthenticationError, EdgeprivError
 from edgepriv.keys import Identity
 from edgepriv.selective_encryption.restore import open_with_key
@@ -91,7 +92,7 @@ class Fleet:
         self.runtime = self.world.devices["dev-cam1"]
 
     def store(self, name):
-        trust = trust_of(self.site.trust, self.owner, {"require_verdict": True})
+        trust = trust_of(self.site.trust, self.owner, {"require_verdict": True}, release=Release("argmax"))
         return ModelStore(self.site.folder / name / "models", self.site.keys[name], trust)
 
     def start(self, name="dev-cam1"):

@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from gateway_site import ROOT, Broker, GatewayProcess, Site
 
 from edgepriv.datasets import load
+from edgepriv.risk.jobs import JobQueue
 from edgepriv.risk.reconstruction.onnx_writer import write_onnx
 from edgepriv.risk.reconstruction.vicious import Recipe, TrainingSet, train
 
@@ -90,6 +92,50 @@ def test_verdicts_reach_the_gateway_through_a_kill_in_the_middle(site):
     gate = {name: shown(site, found[name]["digest"]) for name in found}
     assert gate["honest"] == 0
     assert gate["vicious"] == 3  # what a CI gates on
+
+
+def test_a_stop_in_the_middle_of_an_audit_ends_in_seconds_and_costs_the_model_nothing(site):
+    data = load("digits", split="train")
+    training = TrainingSet.of(data.images, data.labels)
+    write_onnx(train(Recipe(epochs=1).honest(), training).classifier, training.shape, 10, site.folder / "m.onnx")
+    site.cli("models", "add", str(site.folder / "m.onnx"), "--id", "m")
+    # an audit that takes far longer than this test's patience
+    slow = CONFIG.replace('auditors = "ridge"', 'auditors = "conv"\ndecoder_epochs = 100000')
+    (site.folder / "risk.toml").write_text(slow.format(port=site.port))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process, log = start(site)
+        workers = []
+        deadline = time.monotonic() + 90
+        while not workers and time.monotonic() < deadline:
+            workers = workers_of(process.pid)
+            time.sleep(0.2)
+        assert workers, (site.folder / "risk.log").read_text()
+        began = time.monotonic()
+        process.send_signal(number)
+        assert process.wait(20) == 0, (site.folder / "risk.log").read_text()
+        assert time.monotonic() - began < 5
+        log.close()
+        deadline = time.monotonic() + 5
+        while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+        queue = JobQueue(site.folder / "risk" / "jobs.db", max_jobs=9)
+        (job,) = queue.listed()
+        queue.close()
+        assert (job.state, job.attempts, job.deaths) == ("queued", 0, 0)
+
+
+def workers_of(pid):
+    """The audit processes of a service: spawned, each the leader of a session of its own."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid and fields[3] == folder.name:
+            found.append(int(folder.name))
+    return found
 
 
 def shown(site, digest):
