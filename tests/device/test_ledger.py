@@ -57,6 +57,63 @@ def test_alternating_scenes_and_a_clock_that_jumps_win_nothing(tmp_path):
     assert sum(allowed) == 4
 
 
+def test_every_charged_frame_of_a_scene_is_remembered_not_only_the_first(tmp_path):
+    book = ledger(tmp_path, window_s=60.0)
+    assert book.allow(Shot(scene(1), 0.0), 4)
+    assert book.allow(Shot(scene(2), 30.0), 4)
+    first = book.scene_id
+    assert not book.allow(Shot(scene(2), 40.0), 4)
+    assert not book.allow(Shot(scene(2), 61.0), 4)
+    book.close()
+    again = ledger(tmp_path, window_s=60.0)  # durable: the file alone says so
+    assert not again.allow(Shot(scene(2), 1000.0), 4)
+    assert again.scene_id == first
+    assert again.allow(Shot(scene(3), 2000.0), 4)
+
+
+def test_what_was_never_charged_is_not_remembered_against_a_scene(tmp_path):
+    book = ledger(tmp_path, window_s=60.0)
+    assert book.allow(Shot(scene(1), 0.0), 9)
+    assert not book.allow(Shot(scene(2), 30.0), 4)
+    assert book.allow(Shot(scene(2), 100.0), 4)
+
+
+def test_a_scene_with_too_many_looks_is_refused_and_stays_so_after_a_restart(tmp_path):
+    book = ledger(tmp_path, window_s=60.0, max_looks=3)
+    assert [book.allow(Shot(scene(i), float(i)), 1) for i in range(5)] == [True, True, True, False, False]
+    assert book.allow(Shot(scene(0), 6.0), 1)  # a look that is remembered takes no place
+    book.close()
+    again = ledger(tmp_path, window_s=60.0, max_looks=3)
+    assert not again.allow(Shot(scene(7), 8.0), 1)
+    assert again.spent(again.scene_id) == 4.0
+
+
+def test_the_ledger_of_an_older_release_still_knows_its_scenes(tmp_path):
+    old = sqlite3.connect(tmp_path / "ledger.db")
+    old.execute(
+        "CREATE TABLE scenes (seq INTEGER PRIMARY KEY AUTOINCREMENT, id BLOB UNIQUE NOT NULL, started REAL NOT NULL,"
+        " hash TEXT, spent REAL NOT NULL)"
+    )
+    row = (b"12345678", 5.0, f"{difference_hash(scene(1)):016x}", 9.5)
+    old.execute("INSERT INTO scenes (id, started, hash, spent) VALUES (?, ?, ?, ?)", row)
+    old.commit()
+    old.close()
+    book = ledger(tmp_path)
+    assert not book.allow(Shot(scene(1), 9000.0), 1)
+    assert book.scene_id == b"12345678"
+
+
+def test_memory_and_file_agree_through_forgetting(tmp_path):
+    book = ledger(tmp_path, max_scenes=5, window_s=1.5)
+    allowed = [book.allow(Shot(scene(i % 9), float(i)), 1) for i in range(60)]
+    book.close()
+    other = ledger(tmp_path, max_scenes=5, window_s=1.5)
+    assert any(allowed)
+    assert other._seen._ids == book._seen._ids
+    pairs = [sorted(zip(b._seen._owners.tolist(), b._seen._looks.tolist(), strict=True)) for b in (book, other)]
+    assert pairs[0] == pairs[1]
+
+
 def test_the_budget_outlives_the_process_and_a_kill(tmp_path):
     code = """
 import sys, os, signal, numpy as np
