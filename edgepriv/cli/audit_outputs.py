@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from edgepriv.risk.reconstruction.leakage import Probe
 
 DEFAULT_POLICIES = ("argmax", "softmax:1", "softmax:2", "unsafe_raw_logits")
+ATTRIBUTE_POLICIES = ("steps:4", "unsafe_raw_logits")
 INDICATOR_NEEDS = "it needs two reference models, labels and at most 100 classes"
 
 
@@ -24,6 +25,13 @@ INDICATOR_NEEDS = "it needs two reference models, labels and at most 100 classes
 @click.option("--model", "model_path", required=True, type=click.Path(path_type=Path), help="ONNX classifier.")
 @click.option("--data", required=True, help="Pictures: a data set, or a folder of pictures without labels.")
 @click.option("--policy", "policies", multiple=True, help="Release policy; several are allowed.")
+@click.option(
+    "--targets",
+    default="classes",
+    show_default=True,
+    type=click.Choice(["classes", "digit-attributes"]),
+    help="What the outputs are: scores of classes, or one logit for each attribute (steps:SIZE, unsafe_raw_logits).",
+)
 @click.option("--arch", default=None, help="The model's architecture, where its graph cannot be read.")
 @click.option("--weights", default=None, type=click.Path(path_type=Path), help="Its weights (safetensors).")
 @click.option("--reference-models", default=5, show_default=True, type=click.IntRange(0, 1000))
@@ -81,7 +89,8 @@ def outputs(
 
 def check_files(html: str | None, indicator: Path | None, options: dict[str, Any]) -> None:
     """Refuse before the audit what could not be written after it (ConfigError, MissingFileError)."""
-    if indicator is not None and (options["unlabelled"] or options["reference_models"] < 2):
+    without = options["unlabelled"] or options["reference_models"] < 2 or options["targets"] != "classes"
+    if indicator is not None and without:
         raise ConfigError("no indicator can be made", hint=INDICATOR_NEEDS)
     for path in (Path(html) if html else None, indicator):
         if path is not None and not path.absolute().parent.is_dir():
@@ -114,7 +123,8 @@ def _audit(model_path: Path, data: str, options: dict[str, Any]) -> OutputAudit:
 
     if options["weights"] and not options["arch"]:
         raise ConfigError("--weights needs --arch", hint="name the architecture that the weights belong to")
-    pipelines = classifier_policies(options["policies"])
+    attributes = options["targets"] == "digit-attributes"
+    pipelines = attribute_policies(options["policies"]) if attributes else classifier_policies(options["policies"])
     notes = []
     if options["purifier"]:
         purifier = OutputPurifier.load(options["purifier"])
@@ -124,6 +134,8 @@ def _audit(model_path: Path, data: str, options: dict[str, Any]) -> OutputAudit:
     limits = OpeningLimits(memory_bytes=options["memory_mib"] << 20, threads=options["threads"])
     model = SuppliedModel.find(model_path, limits=limits, scale=options["input_scale"], output=options["output"])
     probe, reference_data = open_pictures(data, unlabelled=options["unlabelled"], side=options["side"])
+    if attributes:
+        probe, reference_data = with_attributes(probe), with_attributes(reference_data)
     audit = audit_outputs(
         model,
         probe,
@@ -143,6 +155,26 @@ def classifier_policies(specs: tuple[str, ...]) -> list[ReleasePolicy]:
     if unfit := [policy.name for policy in found if policy.task != "classify"]:
         raise ConfigError(f"not a policy for classifiers: {', '.join(unfit)}")
     return found
+
+
+def attribute_policies(specs: tuple[str, ...]) -> list[ReleasePolicy]:
+    """Read policies for a model of attributes (ConfigError: one takes the outputs for scores of classes)."""
+    from edgepriv.device.release import parse_policy
+
+    found: list[ReleasePolicy] = [parse_policy(spec) for spec in specs or ATTRIBUTE_POLICIES]
+    if unfit := [policy.name for policy in found if not policy.name.startswith(("steps:", "unsafe_raw_logits"))]:
+        raise ConfigError(f"not a policy for attributes: {', '.join(unfit)}", hint="steps:SIZE or unsafe_raw_logits")
+    return found
+
+
+def with_attributes(probe: Any) -> Any:
+    """Return labelled digits as pictures with attributes (ConfigError: they have no labels, or not ten classes)."""
+    from edgepriv.risk.reconstruction.attack import digit_attributes
+    from edgepriv.risk.reconstruction.leakage import Probe
+
+    if probe is None or probe.labels is None or probe.labels.max() != 9:
+        raise ConfigError("digit-attributes needs ten digit classes", hint="use MNIST or 'digits', with labels")
+    return Probe.of_attributes(probe.name, probe.images, digit_attributes(probe.labels))
 
 
 def _request(options: dict[str, Any]) -> AuditRequest:

@@ -163,7 +163,8 @@ def audit_outputs(
     record = bench.scale.record.as_dict() | {"pictures": len(bench.images), "limit": request.limit}
     record["isolation"] = model.isolation
     duration = time.monotonic() - started
-    counts = np.bincount(outputs.argmax(1), minlength=outputs.shape[1])
+    classes = outputs.argmax(1) if bench.attributes is None else np.zeros(0, np.int64)
+    counts = np.bincount(classes, minlength=outputs.shape[1] if len(classes) else 0)
     return OutputAudit(
         model.path.name,
         model.sha256,
@@ -176,7 +177,7 @@ def audit_outputs(
         duration,
         probe.name,
         tuple(counts.tolist()),
-        _indicator([reference.outputs for reference in references]),
+        _indicator([reference.outputs for reference in references if bench.attributes is None]),
     )
 
 
@@ -246,9 +247,12 @@ def _compare(
         notes.append("no reference models were trained: the cause of a leak stays unknown")
         return None, [], None
     settings = DetectorSettings(trained=request.settings.trained)
+    if (reference_data.attributes is None) != (bench.attributes is None):
+        raise DataError("the pictures and those that train references must both have classes or both attributes")
+    targets = reference_data.labels if reference_data.attributes is None else reference_data.attributes
     data = TrainingSet.of(
         reference_data.images[: request.reference_images],
-        reference_data.labels[: request.reference_images],
+        targets[: request.reference_images],
         classes=outputs.shape[1],
     )
     network, architecture, references = _trained(model, bench, outputs, data, request, settings, notes, say)
@@ -271,7 +275,7 @@ def _trained(
         return network, architecture, _references(architecture, data, bench, request, settings, say)
     try:
         references = _references(architecture, data, bench, request, settings, say)
-        check_trained(references, outputs, bench.groups(outputs))
+        check_trained(references, bench, outputs)
     except (UntrainableError, *GRAPH_FAILURES) as error:
         notes.append(f"{error}; references of other architectures stand in")
         say(notes[-1])

@@ -141,7 +141,7 @@ def white_box_features(
     """Features that need the weights: fine-tuning by cross entropy alone, and the rank of the last layer."""
     matrices = [p for p in network.parameters() if p.ndim == 2]
     found: dict[str, float | None] = {"last_layer_rank": matrix_rank(matrices[-1].detach()) if matrices else None}
-    if settings.fine_tuning_epochs and bench.labels is not None:
+    if settings.fine_tuning_epochs and bench.labels is not None and bench.attributes is None:
         found["fine_tuning_drop"] = before - _leakage_after_fine_tuning(bench, network, settings)
     return found
 

@@ -145,6 +145,8 @@ def harden(
     """
     if probe.labels is None or training is None or training.labels is None:
         raise DataError("the defences are fitted on labelled pictures", hint="give a data set with labels")
+    if probe.attributes is not None:
+        raise DataError("the defences beside the policy are for classes, not for attributes")
     say = progress or (lambda _line: None)
     bench = Bench(probe, request.settings)
     outputs = model.outputs(bench.images)

@@ -41,11 +41,18 @@ class Probe:
         name: of the data set, kept in records.
         images: uint8 [n, h, w, c].
         labels: class of each, int64 [n], or None where unknown. For attributes: one class a combination.
+        attributes: 0/1 attributes of each, [n, a], for a model of attributes; None for a model of classes.
     """
 
     name: str
     images: NDArray[np.uint8]
     labels: NDArray[np.int64] | None
+    attributes: NDArray[np.int64] | None = None
+
+    @classmethod
+    def of_attributes(cls, name: str, images: NDArray[np.uint8], attributes: NDArray[np.int64]) -> Probe:
+        """Make a probe for a model of 0/1 attributes [n, a]: what the class mean is elsewhere is each combination's."""
+        return cls(name, images, attributes @ (2 ** np.arange(attributes.shape[1])), attributes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +144,7 @@ class Bench:
         order = np.random.RandomState(1).permutation(len(probe.images))[: self.settings.max_images]
         self.images = probe.images[order]
         self.labels = None if probe.labels is None else probe.labels[order]
+        self.attributes = None if probe.attributes is None else probe.attributes[order]
         self.probe_name = probe.name
         small = shrink(self.images)
         self.shape = (int(small.shape[1]), int(small.shape[2]), int(small.shape[3]))
@@ -165,6 +173,10 @@ class Bench:
             notes.append(f"R is not given: {found} pictures are too few for {self.pixels.shape[1]} pixels")
         if self.labels is None:
             notes.append("no labels: classes are the model's own; accuracy and leakage through the class are unknown")
+        if self.attributes is not None:
+            notes.append(
+                "attributes: leakage is beyond each combination's mean picture; the detector was fitted on classes"
+            )
         return notes
 
     def groups(self, outputs: NDArray[Any]) -> NDArray[np.int64]:
@@ -180,10 +192,14 @@ class Bench:
         """Refuse outputs that do not belong to these pictures (DataError)."""
         if outputs.ndim != 2 or len(outputs) != len(self.images) or not np.isfinite(outputs).all():
             raise DataError("outputs must be finite numbers [n, k], one row a picture")
+        if self.attributes is not None:
+            if outputs.shape[1] != self.attributes.shape[1]:
+                raise DataError(f"it has {outputs.shape[1]} outputs for {self.attributes.shape[1]} attributes")
+            return
         if self.labels is not None and (self.labels.min() < 0 or self.labels.max() >= max(outputs.shape[1], 2)):
             raise DataError(
                 f"labels reach from {self.labels.min()} to {self.labels.max()}; it has {outputs.shape[1]} outputs",
-                hint="use pictures of the classes it was trained for; --unlabelled for a model of attributes",
+                hint="use pictures of the classes it was trained for; --targets for a model of attributes",
             )
 
     def decoders(self, released: Array) -> Iterator[tuple[str, Decoder]]:
@@ -242,10 +258,22 @@ class Bench:
         )
 
     def _accuracy(self, outputs: NDArray[Any], released: Array, rows: NDArray[np.bool_]) -> float | None:
-        if self.labels is None:
-            return None
-        answers = released[:, : outputs.shape[1]].argmax(1)
-        return float((answers[self.cut :] == self.labels[self.cut :])[rows].mean())
+        right = self.right(released[:, : outputs.shape[1]])
+        return None if right is None else float(right[self.cut :][rows].mean())
+
+    def right(self, scores: NDArray[Any]) -> Array | None:
+        """Return how right each picture's answer is: 0 or 1, or the share of right attributes; None without labels."""
+        if self.attributes is not None:
+            return np.asarray(((scores >= 0) == self.attributes).mean(1), np.float64)
+        return None if self.labels is None else np.asarray(scores.argmax(1) == self.labels, np.float64)
+
+    def skill(self, scores: NDArray[Any], outputs: NDArray[Any]) -> tuple[float, float]:
+        """Return shares of right answers, these and a constant one's; without labels ``outputs`` say the truth."""
+        if self.attributes is not None:
+            share = self.attributes.mean(0)
+            return float(((scores >= 0) == self.attributes).mean()), float(np.maximum(share, 1 - share).mean())
+        truth = self.groups(outputs)
+        return float((scores.argmax(1) == truth).mean()), float(np.bincount(truth).max() / len(truth))
 
     def _pictures(self, truth: NDArray[Any], copies: Array, baseline: Array) -> Pictures:
         def bytes_of(rows: NDArray[Any]) -> NDArray[np.uint8]:

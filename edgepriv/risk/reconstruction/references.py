@@ -87,10 +87,9 @@ def stand_ins(shape: tuple[int, int, int], outputs: int) -> Architecture:
     return Architecture(", ".join(STAND_INS), known=False, build=build)
 
 
-def skill_needed(outputs: NDArray[np.float32], truth: NDArray[np.int64]) -> float | None:
+def skill_needed(bench: Bench, outputs: NDArray[np.float32]) -> float | None:
     """Return the accuracy halfway between chance and the model's own; None where the model has no skill to speak of."""
-    chance = float(np.bincount(truth).max() / len(truth))
-    own = float((outputs.argmax(1) == truth).mean())
+    own, chance = bench.skill(outputs, outputs)
     return chance + (own - chance) / 2 if own - chance >= LEAST_SKILL else None
 
 
@@ -116,17 +115,17 @@ def check_imported(
     Raises:
         UntrainableError: the reason.
     """
-    x, truth = pictures_of(bench.images[:500]), bench.groups(outputs)
+    x = pictures_of(bench.images)
     with torch.no_grad():
         needed = 4 * network.values_of_a_picture(x[:2]) * BATCH_IN_TRAINING * 2
     if needed > memory_bytes:
         raise UntrainableError(f"training it takes about {needed >> 20} MiB, more than {memory_bytes >> 20} MiB")
-    enough, right = skill_needed(outputs, truth), []
+    enough, right = skill_needed(bench, outputs), []
     started = time.process_time()
     for draw in range(FRESH_DRAWS):
         fresh = copy.deepcopy(network)
         fresh.reinitialise(FIRST_SEED + draw)
-        right.append(float((outputs_of(fresh, x).argmax(1) == truth[: len(x)]).mean()))
+        right.append(bench.skill(outputs_of(fresh, x), outputs)[0])
     work = 3 * (time.process_time() - started) / (FRESH_DRAWS * len(x)) * pictures
     if enough is not None and min(right) > enough:
         raise UntrainableError(f"a fresh draw of its weights is right in {min(right):.0%} before any training")
@@ -134,14 +133,14 @@ def check_imported(
         raise UntrainableError(f"training references takes about {work / 3600:.1f} h, more than {work_s / 3600:.1f} h")
 
 
-def check_trained(references: Sequence[Evidence], outputs: NDArray[np.float32], truth: NDArray[np.int64]) -> None:
+def check_trained(references: Sequence[Evidence], bench: Bench, outputs: NDArray[np.float32]) -> None:
     """Refuse references of an imported graph that did not learn the task: their leak is no measure of an honest one's.
 
     Raises:
         UntrainableError: half of them are nearer to chance than to the model's accuracy.
     """
-    enough = skill_needed(outputs, truth)
-    middle = float(np.median([(reference.outputs.argmax(1) == truth).mean() for reference in references]))
+    enough = skill_needed(bench, outputs)
+    middle = float(np.median([bench.skill(reference.outputs, outputs)[0] for reference in references]))
     if enough is not None and middle < enough:
         raise UntrainableError(f"references of its architecture learn little here: right in {middle:.0%}")
 

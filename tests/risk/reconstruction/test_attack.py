@@ -8,6 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from edgepriv.cli.audit_outputs import outputs as audit_command
 from edgepriv.cli.redteam import redteam
 from edgepriv.errors import ConfigError, DataError
 from edgepriv.risk.reconstruction.attack import attack_scores, digit_attributes, padded, succeeded
@@ -170,6 +171,44 @@ def test_softmax_outputs_and_attributes_train(digits_probes):
     attributes = train(Recipe(epochs=1, outputs="softmax"), data)
     assert data.outputs == 3
     assert 0 <= attributes.history[0]["accuracy"] <= 1
+
+
+@pytest.fixture(scope="module")
+def attribute_models(tmp_path_factory, digits_probes):
+    """Paths of a vicious and an honest model of three attributes."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("attributes")
+    probe = digits_probes[1]
+    data = TrainingSet.of(probe.images, digit_attributes(probe.labels))
+    recipe = Recipe(epochs=16, batch=50)
+    for name, chosen in (("vicious", recipe), ("honest", recipe.honest())):
+        write_onnx(train(chosen, data).classifier, data.shape, 3, folder / f"{name}.onnx")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["vicious", "honest"])
+def test_a_model_of_attributes_is_audited_against_references_of_attributes(name, attribute_models):
+    arguments = ["--model", str(attribute_models / f"{name}.onnx"), "--data", "digits", "--targets", "digit-attributes"]
+    done = CliRunner().invoke(audit_command, [*arguments, "--auditors", "ridge", "--reference-models", "3", "--json"])
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert [policy["policy"] for policy in report["policies"]] == ["steps:4", "unsafe_raw_logits"]
+    assert report["architecture"] == "as in the file"
+    assert report["policies"][1]["accuracy"] > 0.85
+    assert (report["verdict"] == "vicious") == (name == "vicious"), report["detector"]
+    assert report["class_counts"] == []
+
+
+def test_what_does_not_fit_attributes_is_refused(attribute_models, digit_models):
+    for model, more, words in (
+        (attribute_models / "honest.onnx", ["--policy", "argmax"], "not a policy for attributes"),
+        (attribute_models / "honest.onnx", ["--unlabelled"], "needs ten digit classes"),
+        (digit_models[0] / "honest.onnx", [], "10 outputs for 3 attributes"),
+    ):
+        arguments = ["--model", str(model), "--data", "digits", "--targets", "digit-attributes", *more]
+        done = CliRunner().invoke(audit_command, arguments)
+        assert isinstance(done.exception, (ConfigError, DataError))
+        assert words in str(done.exception)
 
 
 def test_attributes_of_digits_are_parity_size_and_loops():

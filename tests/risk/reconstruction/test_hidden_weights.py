@@ -250,9 +250,9 @@ def test_references_that_learn_nothing_are_no_measure(digit_models, digits_probe
     outputs = SuppliedModel.find(digit_models[0] / "honest.onnx").outputs(bench.images)
     seen = Evidence({}, {}, np.zeros(1), outputs)
     blind = Evidence({}, {}, np.zeros(1), np.zeros_like(outputs))
-    check_trained([seen, seen, blind], outputs, bench.labels)
+    check_trained([seen, seen, blind], bench, outputs)
     with pytest.raises(UntrainableError, match="learn little"):
-        check_trained([seen, blind, blind], outputs, bench.labels)
+        check_trained([seen, blind, blind], bench, outputs)
 
 
 # --- the input's scale ---------------------------------------------------------------------------------------
