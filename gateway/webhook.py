@@ -1,7 +1,8 @@
 """Posting JSON documents to a URL from a thread of its own, so that a slow receiver never slows ingest.
 
 Rules: the queue is bounded; when it is full the oldest document is dropped and counted (the store still has it). A
-failed post is tried again with growing pauses. With a secret file each post carries
+failed post is tried again with growing pauses, and a document that cannot be posted at all is dropped and counted:
+nothing that a receiver answers ends the thread. With a secret file each post carries
 ``X-Edgepriv-Signature: sha256=<HMAC-SHA256 of the body>``. Redirects are not followed.
 """
 
@@ -9,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import http.client
 import json
+import logging
 import threading
 import urllib.error
 import urllib.request
@@ -21,6 +24,7 @@ from edgepriv.errors import KeyFileError
 if TYPE_CHECKING:
     from pathlib import Path
 
+log = logging.getLogger("gateway.webhook")
 MAX_ATTEMPTS = 6
 MAX_PAUSE_S = 30.0
 
@@ -67,9 +71,18 @@ class Webhook:
             self._wake.wait()
             self._wake.clear()
             while self._queue:
-                self._deliver(self._queue.popleft())
+                self._deliver_or_drop(self._queue.popleft())
             if self._stop.is_set():
                 return
+
+    def _deliver_or_drop(self, body: bytes) -> None:
+        try:
+            self._deliver(body)
+        except Exception as error:  # the thread outlives whatever one document meets
+            log.exception("a webhook document is dropped")
+            self.last_error = f"{type(error).__name__}: {error}"
+            self.failed += 1
+            self.dropped += 1
 
     def _deliver(self, body: bytes) -> None:
         pause = 0.5
@@ -78,8 +91,8 @@ class Webhook:
                 self._post(body)
                 self.posted += 1
                 return
-            except (OSError, ValueError) as error:
-                self.last_error = str(error)
+            except (OSError, ValueError, http.client.HTTPException) as error:
+                self.last_error = f"{type(error).__name__}: {error}"
                 self.failed += 1
             if self._stop.wait(pause):
                 break
