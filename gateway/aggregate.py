@@ -310,15 +310,20 @@ def apply_mean(
     devices: int,
     *,
     cohorts: int = 1,
+    stretch: float = 1.0,
 ) -> Result:
-    """Write ``base + rate * mean / weights``; ``mean``: a file of float32 values in the layout of the round."""
+    """Write ``base + rate * mean / weights``; ``mean``: a file of float32 values in the layout of the round.
+
+    ``stretch``: how much longer than the clip the result of honest updates can be, by the rule that made it.
+    """
     writer = _WeightsWriter(opened, base, mean, weights, rate)
     fresh = out.with_name(out.name + ".new")
     with fresh.open("wb") as file:
         writer.write(file)
         files.sync_open(file)
     norm = float(np.sqrt(writer.squares))
-    limit = _longest_honest(opened, writer.values, devices, cohorts) * rate
+    groups = len({int(w) for w in weights if w > 0}) or 1
+    limit = _longest_honest(opened, writer.values, devices, cohorts, stretch * math.sqrt(groups)) * rate
     if norm > limit:
         fresh.unlink()
         raise RefusedError(f"the mean update has norm {norm:.3g}, no honest one is above {limit:.3g}")
@@ -326,9 +331,13 @@ def apply_mean(
     return Result(writer.digest.digest(), out.stat().st_size, norm, devices)
 
 
-def _longest_honest(opened: RoundOpen, values: int, devices: int, cohorts: int) -> float:
-    """A mean of clipped updates is at most the clip; noise adds its own length; rounding half a step a value."""
-    scale = devices / opened.survivors if opened.noise != "none" else 1.0
+def _longest_honest(opened: RoundOpen, values: int, devices: int, cohorts: int, stretch: float) -> float:
+    """A mean of clipped updates is at most the clip; noise adds its own length; rounding half a step a value.
+
+    Where head and whole-model trainers share a round, each tensor's mean is over those who trained it: the tensors of
+    one weight are a mean that is at most the clip, and g such groups together are at most sqrt(g) clips.
+    """
+    scale = devices / opened.survivors if opened.noise != "none" else stretch
     noise = 4 * opened.noise_multiplier * np.sqrt(cohorts * values) / opened.survivors
     return float(opened.clip * (1.001 * scale + noise) + np.sqrt(values) * 2.0**-opened.fraction_bits)
 

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 KEPT = "kept"
 ROBUST_BLOCK = 1 << 14
 RULES = {"trimmed": trimmed_mean, "median": coordinate_median}
+# trimmed of k < n/2 values at each end, a coordinate's square is at most n/(n-k) < 2 times the mean square of the n
+# values (the median is the largest such k): over all coordinates at most sqrt(2) clips
+STRETCH = math.sqrt(2)
 
 
 def keep(folder: Path, opened: RoundOpen, staged: Sequence[Staged]) -> list[Refusal]:
@@ -73,7 +76,7 @@ def robust_finish(folder: Path, opened: RoundOpen, base: Path, out: Path, *, rul
             plain.write(RULES[rule](stack).astype("<f4").data)
     try:
         ones = np.ones(len(layout.slots), np.int64)
-        return apply_mean(mean, ones, opened, base, out, rate, len(paths))
+        return apply_mean(mean, ones, opened, base, out, rate, len(paths), stretch=STRETCH)
     finally:
         mean.unlink(missing_ok=True)
 

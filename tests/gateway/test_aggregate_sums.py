@@ -14,7 +14,7 @@ from edgepriv.errors import DataError, RefusedError
 from edgepriv.federated.compression import compress, random_coordinates
 from edgepriv.federated.fixed_point import decode_sum, quantise, ring_of
 from edgepriv.wire.update import decode_update, encode_update
-from gateway import aggregate, shards, update_files
+from gateway import aggregate, robust_sum, shards, update_files
 from gateway.aggregate import Staged
 from gateway.round_plan import RoundPlan, announcement
 
@@ -204,3 +204,58 @@ def test_partial_sums_of_two_gateways_merge_to_the_sum_of_all(tmp_path):
 def test_an_empty_sum_is_not_published(tmp_path):
     with pytest.raises(RefusedError, match="no update"):
         aggregate.finish(tmp_path, _opened(), tmp_path / "base", tmp_path / "out")
+
+
+def _base(folder):
+    path = folder / "base"
+    path.write_bytes(encode_update({k: np.zeros(v, np.float32) for k, v in SHAPES.items()}))
+    return path
+
+
+def _unit(tensors):
+    """An update with these values at the beginning of its tensors, scaled to norm 1."""
+    out = {}
+    for name, values in tensors.items():
+        out[name] = np.zeros(SHAPES[name], np.float32)
+        out[name].reshape(-1)[: len(values)] = values
+    norm = np.sqrt(sum(float(np.vdot(t, t)) for t in out.values()))
+    return {name: (t / np.float32(norm)) for name, t in out.items()}
+
+
+def test_head_and_whole_model_trainers_at_the_clip_make_an_honest_mean_that_is_longer_than_it(tmp_path):
+    opened = _opened(clip=1.0)
+    heads, whole = [_unit({"b": [1.0]})] * 3, _unit({"a": [0.9], "b": [0.43]})
+    staged = [_stage(tmp_path, i, encode_update(u)) for i, u in enumerate([*heads, whole])]
+    assert aggregate.fold(tmp_path, opened, staged)[1] == []
+    result = aggregate.finish(tmp_path, opened, _base(tmp_path), tmp_path / "out")
+    assert result.norm == pytest.approx(1.24, abs=0.01)
+    new = decode_update((tmp_path / "out").read_bytes(), max_bytes=1 << 20).tensors
+    assert new["a"][0, 0] == pytest.approx(whole["a"][0, 0], abs=1e-4)
+
+
+@pytest.mark.parametrize(("weights", "longest"), [([4, 4], 1.0), ([1, 4], np.sqrt(2))])
+def test_a_mean_that_no_honest_devices_can_make_is_not_published(tmp_path, weights, longest):
+    opened, mean = _opened(clip=1.0), tmp_path / "mean"
+    for norm, good in ((longest * 0.999, True), (longest * 1.05, False)):
+        values = np.zeros(337, "<f4")
+        values[0], values[330] = norm * weights[0] / np.sqrt(2), norm * weights[1] / np.sqrt(2)
+        mean.write_bytes(values.tobytes())
+        args = mean, np.array(weights), opened, _base(tmp_path), tmp_path / f"out-{good}", 1.0, 4
+        if good:
+            assert aggregate.apply_mean(*args).norm == pytest.approx(norm, rel=1e-3)
+            continue
+        with pytest.raises(RefusedError, match="no honest one"):
+            aggregate.apply_mean(*args)
+        assert not (tmp_path / "out-False").exists()
+
+
+@pytest.mark.parametrize(("rule", "devices"), [("median", 3), ("trimmed", 8)])
+def test_a_robust_rule_over_updates_at_the_clip_is_published_though_longer_than_the_clip(tmp_path, rule, devices):
+    opened = _opened(clip=1.0, rule=rule)
+    pairs = {"median": [[1, 1, 0], [1, 0, 1], [0, 1, 1]], "trimmed": [np.roll([1] * 6 + [0] * 2, i) for i in range(8)]}
+    updates = [_unit({"a": values}) for values in pairs[rule]]
+    staged = [_stage(tmp_path, i, encode_update(u)) for i, u in enumerate(updates)]
+    assert len(staged) == devices
+    assert robust_sum.keep(tmp_path, opened, staged) == []
+    result = robust_sum.robust_finish(tmp_path, opened, _base(tmp_path), tmp_path / "out", rule=rule)
+    assert 1.1 < result.norm < robust_sum.STRETCH
