@@ -4,8 +4,9 @@ Owner side only (it uses ``onnx``). A *unit* is what is encrypted as a whole: on
 or depthwise convolution, one row of a 1x1 convolution, Gemm or MatMul weight; always one run of bytes. Weights may
 be float32, float16 or int8/uint8 behind DequantizeLinear; they may lie in the file or in external data.
 
-Rules: every initializer is normalised to raw bytes, so that a device can patch it without ``onnx``; the regions of
-the manifest come from the same byte parser that the device uses; folding BatchNorm is arithmetic in float64.
+Rules: every initializer is normalised to raw bytes, so that a device can patch it without ``onnx``; equal weights
+are one initializer (`shared_weights`), so that none stays in clear in a second copy; the regions of the manifest come
+from the same byte parser that the device uses; folding BatchNorm is arithmetic in float64.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import onnx
 from onnx import numpy_helper
 
 from edgepriv.errors import DataError, MissingFileError
-from edgepriv.selective_encryption import onnx_bytes
+from edgepriv.selective_encryption import onnx_bytes, shared_weights
 from edgepriv.selective_encryption.levels import Region
 
 if TYPE_CHECKING:
@@ -90,24 +91,14 @@ def _normalise(copy: onnx.ModelProto) -> onnx.ModelProto:
         tensor.name = node.output[0]
         graph.initializer.append(tensor)
         graph.node.remove(node)
-    _copy_shared(graph)
+    shared_weights.join_identities(graph)
     for tensor in graph.initializer:
         if not tensor.HasField("raw_data") and tensor.data_type != onnx.TensorProto.STRING:
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name))
         del tensor.external_data[:]
         tensor.ClearField("data_location")
+    shared_weights.join_equal(graph)
     return copy
-
-
-def _copy_shared(graph: Any) -> None:
-    """Give each Identity of an initializer (how exporters share equal weights) a tensor of its own."""
-    tensors = {tensor.name: tensor for tensor in graph.initializer}
-    for node in [node for node in graph.node if node.op_type == "Identity" and node.input[0] in tensors]:
-        tensor = onnx.TensorProto()
-        tensor.CopyFrom(tensors[node.input[0]])
-        tensor.name = node.output[0]
-        graph.initializer.append(tensor)
-        graph.node.remove(node)
 
 
 def fold_batchnorm(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
@@ -118,14 +109,11 @@ def fold_batchnorm(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
     copy.CopyFrom(model)
     tensors = {tensor.name: tensor for tensor in copy.graph.initializer}
     makers = {out: node for node in copy.graph.node for out in node.output}
-    uses: dict[str, int] = {}
-    for node in copy.graph.node:
-        for name in node.input:
-            uses[name] = uses.get(name, 0) + 1
+    uses = shared_weights.uses(copy.graph)
     folded = 0
     for norm in [node for node in copy.graph.node if node.op_type == "BatchNormalization"]:
         conv = makers.get(norm.input[0])
-        alone = conv is not None and uses[norm.input[0]] == 1 and uses.get(conv.input[1], 0) == 1
+        alone = conv is not None and uses[norm.input[0]] == 1 and uses[conv.input[1]] == 1
         if conv is None or conv.op_type != "Conv" or not alone or conv.input[1] not in tensors:
             continue
         _fold(copy.graph, tensors, conv, norm)
@@ -155,7 +143,7 @@ def _fold(graph: Any, tensors: dict[str, Any], conv: Any, norm: Any) -> None:
 
 
 def _drop_unused(graph: Any) -> None:
-    used = {name for node in graph.node for name in node.input} | {item.name for item in graph.output}
+    used = set(shared_weights.uses(graph)) | {item.name for item in graph.output}
     for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
         graph.initializer.remove(tensor)
 

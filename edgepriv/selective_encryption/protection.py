@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgepriv import primitives
-from edgepriv.errors import ConfigError
-from edgepriv.selective_encryption import calibrate, carrier, decoys, levels, manifest
+from edgepriv.errors import ConfigError, RefusedError
+from edgepriv.selective_encryption import calibrate, carrier, decoys, levels, manifest, shared_weights
 from edgepriv.selective_encryption.level_search import LevelSearch
 from edgepriv.selective_encryption.levels import Binding, Region
 from edgepriv.selective_encryption.restore import Restored
@@ -110,9 +110,10 @@ def draft(
         scope: ``global`` or ``layer`` budget.
         external: force or forbid a separate weight file.
     """
-    choice = choose(scores, layers, share, scope=scope)
     files = carrier.file_bytes(model, "carrier", external=external)
     plain = [np.frombuffer(content, np.uint8) for content in files.values()]
+    twice = shared_weights.echoes(list(files), plain, plain, layers)
+    choice = choose(scores, layers, share, scope=scope, barred=twice)
     regions = carrier.regions(files, layers)
     masked = [content.copy() for content in plain]
     for layer, region in zip(layers, regions, strict=True):
@@ -222,12 +223,14 @@ def finish(
 
     Raises:
         ConfigError: unknown mode, or a trainable tensor is encrypted.
+        RefusedError: an encrypted unit stands in clear in another tensor.
     """
     if mode not in manifest.MODES:
         raise ConfigError(f"unknown mode {mode!r}", hint=f"use one of {', '.join(manifest.MODES)}")
     hidden = {layer.name for layer in made.layers if made.choice.selected[layer.name].any()}
     if hidden & set(trainable):
         raise ConfigError(f"trainable tensors are encrypted: {sorted(hidden & set(trainable))}")
+    _check_hidden(made)
     binding = Binding(model_id, version, levels.model_digest(made.masked))
     key, top = primitives.random_bytes(32), len(plans)
     files: dict[str, Any] = {}
@@ -261,6 +264,18 @@ def finish(
             levels.seal_file(first, binding, index, public.data) if paper.sealed else public
         )
     return Bundle(files, manifest.encode_manifest(paper, issuer), key, paper)
+
+
+def _check_hidden(made: Draft) -> None:
+    """Refuse a draft in which another tensor shows what was encrypted."""
+    shown = shared_weights.echoes(made.names, made.plain, made.masked, made.layers)
+    for name, hits in shown.items():
+        count = int((hits & made.choice.selected[name]).sum())
+        if count:
+            raise RefusedError(
+                f"{count} encrypted kernels of {name!r} stand in clear in another tensor of the same shape",
+                hint="load the model with carrier.load, which joins equal weights",
+            )
 
 
 def _entry(name: str, content: Any) -> manifest.FileEntry:

@@ -36,7 +36,12 @@ class Choice:
 
 
 def choose(
-    scores: Mapping[str, NDArray[np.float64]], layers: Sequence[Layer], share: float, *, scope: str = "global"
+    scores: Mapping[str, NDArray[np.float64]],
+    layers: Sequence[Layer],
+    share: float,
+    *,
+    scope: str = "global",
+    barred: Mapping[str, NDArray[np.bool_]] | None = None,
 ) -> Choice:
     """Take the best-scored units up to a share of the layers' weights.
 
@@ -46,6 +51,7 @@ def choose(
         share: at most this share of all the layers' weights, in (0, 1].
         scope: ``global``: one budget over all layers; ``layer``: floor(n * share) + 1 units of each, at most n,
             which is the published rule and may exceed the share in small layers.
+        barred: units that are never taken, by layer.
 
     Raises:
         ConfigError: the share or the scope is not valid.
@@ -53,6 +59,10 @@ def choose(
     if not 0 < share <= 1 or scope not in SCOPES:
         raise ConfigError(f"share {share} or scope {scope!r} is not valid", hint="0 < share <= 1; global or layer")
     rows = _ranked(scores, layers)
+    if barred is not None:
+        open_to_all = np.concatenate([barred[layer.name] for layer in layers])
+        first = np.cumsum([0, *(layer.units for layer in layers)])
+        rows = rows[~open_to_all[first[rows[:, 0]] + rows[:, 1]]]
     sizes = np.array([layer.unit_size for layer in layers])
     if scope == "global":
         budget = share * sum(layer.parameters for layer in layers)
