@@ -157,9 +157,12 @@ def test_the_card_has_every_key_and_says_what_is_as_good_and_what_leaks(lab, def
     assert card["schema"] == "edgepriv.release-card/1"
     assert set(card["audit"]) >= {"strongest", "auc", "auc_interval", "tpr_at_1pct", "null_auc"}
     assert card["noise_ratio"] == pytest.approx(2.0)
+    assert card["audit"]["outcome"] == "none"
+    assert "16 fresh runs of this pipeline, each on a random half of 799 private records" in card["measured_on"]
     as_good = max(card["accuracy_public_only"], card["accuracy_prior_samples"]) >= card["accuracy_synthetic"] - 0.005
     assert as_good != card["recommendation"].startswith("Release:")
     private = cards_of(lab, member, {"vae_from": "private"}, real, public_only)
     assert private["vae_trained_on"] == "private"
+    assert (private["epsilon"], private["delta"], private["advantage_bound"]) == (None, None, None)
     assert "saw the private records" in private["recommendation"]
     assert "differentially" not in json.dumps(private).lower()

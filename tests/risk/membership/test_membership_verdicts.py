@@ -141,6 +141,21 @@ def test_the_held_out_part_is_said_to_be_unprotected_and_its_vae_stays_unless_to
     assert "held-out" not in (tmp_path / "given" / "card.html").read_text()
 
 
+def test_a_whole_run_that_is_caught_ends_with_code_3_and_a_card_that_says_so_in_one_voice(capsys, folder, tmp_path):
+    code, out, err = call(
+        capsys, "synthesize", "--data", folder / "A.npz", "--public-data", folder / "pub.npz", "--test-data",
+        folder / "test.npz", "--out", tmp_path / "r", "--threads", 1, "--vae-epochs", 20, "--epochs", 1,
+        "--targets", 13, "--mode", "unsafe_no_noise", "--max-auc", "0.7",
+    )  # fmt: skip
+    card = json.loads((tmp_path / "r" / "card.json").read_text())
+    assert (code, card["audit"]["outcome"], card["audit"]["limits"]["auc"]) == (3, "leak", 0.7)
+    assert card["recommendation"].startswith("Do not release: nearest")
+    assert card["audit"]["verdict"].startswith("Leak")
+    assert card["audit"]["verdict"] in err
+    for place in (out, (tmp_path / "r" / "card.html").read_text(), card["measured_on"]):
+        assert "13 fresh runs of this pipeline, each on a random half of 650 private records" in place
+
+
 def test_shadows_that_hold_nearly_every_record_are_refused_with_the_share_that_they_cannot_judge():
     with pytest.raises(ConfigError, match=r"81\.1% of the records would have fewer than two") as told:
         scores.check_shadow_count(16, 0.01, rate=0.95)
