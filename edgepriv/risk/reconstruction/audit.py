@@ -142,11 +142,30 @@ def audit_outputs(
     Raises:
         DataError: the file or the pictures cannot be audited; the message says why.
     """
-    request = request or AuditRequest()
-    say = progress or (lambda _line: None)
-    started = time.monotonic()
     if not pipelines:
         raise ConfigError("an audit needs at least one release policy")
+    try:
+        return _audited(model, probe, pipelines, request or AuditRequest(), reference_data, progress or _silent)
+    except np.linalg.LinAlgError as error:
+        raise DataError(
+            f"{model.path}: the auditors cannot compute with its outputs: {error}",
+            hint="outputs without any spread, or far beyond those of a classifier",
+        ) from error
+
+
+def _silent(_line: str) -> None:
+    """Show no progress."""
+
+
+def _audited(
+    model: SuppliedModel,
+    probe: Probe,
+    pipelines: Sequence[Pipeline],
+    request: AuditRequest,
+    reference_data: Probe | None,
+    say: Callable[[str], None],
+) -> OutputAudit:
+    started = time.monotonic()
     bench = Bench(probe, request.settings, further=None if reference_data is None else reference_data.images)
     say(f"{model.path.name}: {len(bench.images)} pictures of {probe.name}")
     outputs = model.outputs(bench.images)
@@ -332,7 +351,7 @@ def _open_architecture(
         return network, named(request.architecture, shape, outputs.shape[1])
     try:
         graph = import_graph(model, bench.images[:32])
-        check_imported(
+        pattern = check_imported(
             graph,
             bench,
             outputs,
@@ -343,7 +362,7 @@ def _open_architecture(
     except (UnsupportedGraphError, UntrainableError, *GRAPH_FAILURES) as error:
         notes.append(f"black box only: {error}; references of other architectures stand in")
         return None, stand_ins(shape, outputs.shape[1])
-    return graph, imported(graph)
+    return graph, imported(pattern)
 
 
 def _named_with_weights(

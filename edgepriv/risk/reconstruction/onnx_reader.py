@@ -20,6 +20,7 @@ from edgepriv.risk.reconstruction.graph_roles import (
     CHAINS,
     MEAN,
     ONE,
+    PRODUCTS,
     TRAINED,
     VARIANCE,
     WEIGHT,
@@ -176,7 +177,16 @@ class ImportedNetwork(nn.Module):
         """Return how many numbers the graph computes for one of these pictures: what training it keeps in memory."""
         return self._run(x)[1] // len(x)
 
-    def _run(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    def _is_constant(self, name: str) -> bool:
+        return name in self._slots or name in self._roles.carried
+
+    def first_weighted(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what the first product or convolution is given for these pictures."""
+        seen: list[torch.Tensor] = []
+        self._run(x, seen)
+        return seen[0]
+
+    def _run(self, x: torch.Tensor, weighted: list[torch.Tensor] | None = None) -> tuple[torch.Tensor, int]:
         values: dict[str, torch.Tensor] = {name: getattr(self, slot) for name, slot in self._slots.items()}
         values[self._input] = self._laid_out(x if self.factor == 1.0 else x * self.factor)
         computed = 0
@@ -191,6 +201,8 @@ class ImportedNetwork(nn.Module):
                 values[output] = SUPPORTED[node["op"]](inputs, node["attributes"])
             else:
                 raise UnsupportedGraphError(f"{node['op']} is read for weights only")
+            if weighted is not None and node["op"] in PRODUCTS and output not in self._roles.carried:
+                weighted += [values[name] for name in node["inputs"] if name and not self._is_constant(name)]
             computed += 0 if output in self._roles.carried else values[output].numel()
             for name in finished:
                 values.pop(name, None)

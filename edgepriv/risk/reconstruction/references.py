@@ -41,6 +41,7 @@ FIRST_SEED = 1000
 FRESH_DRAWS = 5
 LEAST_SKILL = 0.1  # below it, a model is too near to chance to compare fresh or trained networks with it
 BATCH_IN_TRAINING = 125
+LEAST_SPREAD, MOST_SPREAD = 5e-3, 20.0  # of what the first weights are given
 
 
 class UntrainableError(DataError):
@@ -101,8 +102,8 @@ def check_imported(
     memory_bytes: int,
     work_s: float,
     pictures: int,
-) -> None:
-    """Refuse a graph as a pattern for references where a fresh draw is none, or training it costs too much.
+) -> ImportedNetwork:
+    """Return the pattern for references, refused where a fresh draw is none or training it would cost too much.
 
     Args:
         network: the imported graph.
@@ -112,10 +113,15 @@ def check_imported(
         work_s: processor time that all references may take, estimated from one batch.
         pictures: how often a picture is shown in all trainings together.
 
+    Returns:
+        The graph with the input factor under which fresh weights can be trained.
+
     Raises:
         UntrainableError: the reason.
     """
     x = pictures_of(bench.images)
+    pattern = copy.deepcopy(network)
+    pattern.factor = trainable_factor(network, x[:100])
     with torch.no_grad():
         needed = 4 * network.values_of_a_picture(x[:2]) * BATCH_IN_TRAINING * 2
     if needed > memory_bytes:
@@ -123,7 +129,7 @@ def check_imported(
     enough, right = skill_needed(bench, outputs), []
     started = time.process_time()
     for draw in range(FRESH_DRAWS):
-        fresh = copy.deepcopy(network)
+        fresh = copy.deepcopy(pattern)
         fresh.reinitialise(FIRST_SEED + draw)
         right.append(bench.skill(outputs_of(fresh, x), outputs)[0])
     work = 3 * (time.process_time() - started) / (FRESH_DRAWS * len(x)) * pictures
@@ -131,6 +137,30 @@ def check_imported(
         raise UntrainableError(f"a fresh draw of its weights is right in {min(right):.0%} before any training")
     if work > work_s:
         raise UntrainableError(f"training references takes about {work / 3600:.1f} h, more than {work_s / 3600:.1f} h")
+    return pattern
+
+
+def trainable_factor(network: ImportedNetwork, x: torch.Tensor) -> float:
+    """Return the input factor for references: the model's own, or 1 where a scale is hidden in the first weights.
+
+    An honest supplier may fold the 1/255 of his pixels into his first weights; fresh ones of unit size that are given
+    0..255 learn badly, leak little, and would make him look vicious.
+
+    Raises:
+        UntrainableError: neither brings the first weights inputs of a usual size.
+    """
+    sizes = []
+    for factor in dict.fromkeys((network.factor, 1.0)):
+        scaled = copy.deepcopy(network)
+        scaled.factor = factor
+        with torch.no_grad():
+            given = scaled.first_weighted(x).double()
+        sizes.append((float(given.std()), float(given.mean())))
+        if LEAST_SPREAD <= sizes[-1][0] <= MOST_SPREAD and abs(sizes[-1][1]) <= MOST_SPREAD:
+            return factor
+    raise UntrainableError(
+        f"its first weights take inputs of mean {sizes[0][1]:.3g} and deviation {sizes[0][0]:.3g}, unfit for fresh ones"
+    )
 
 
 def check_trained(references: Sequence[Evidence], bench: Bench, outputs: NDArray[np.float32]) -> None:

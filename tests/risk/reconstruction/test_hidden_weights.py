@@ -2,6 +2,8 @@
 
 import copy
 import re
+import subprocess
+import sys
 
 import numpy as np
 import onnx
@@ -16,10 +18,17 @@ from edgepriv.risk.reconstruction.audit import AuditRequest, audit_outputs
 from edgepriv.risk.reconstruction.detectors import Evidence, outputs_of
 from edgepriv.risk.reconstruction.graph_roles import MAX_KEPT, UnsupportedGraphError
 from edgepriv.risk.reconstruction.hardening import harden
+from edgepriv.risk.reconstruction.isolation import leave_network
 from edgepriv.risk.reconstruction.leakage import AuditSettings, Bench, Probe
 from edgepriv.risk.reconstruction.onnx_reader import ImportedNetwork, import_graph
-from edgepriv.risk.reconstruction.references import UntrainableError, check_imported, check_trained
+from edgepriv.risk.reconstruction.references import (
+    UntrainableError,
+    check_imported,
+    check_trained,
+    trainable_factor,
+)
 from edgepriv.risk.reconstruction.supplied_model import SuppliedModel
+from edgepriv.risk.reconstruction.vicious import Recipe, TrainingSet, train
 
 POLICIES = (parse_policy("argmax"), parse_policy("unsafe_raw_logits"))
 FAST = AuditSettings(trained=None)
@@ -275,6 +284,41 @@ def test_a_model_for_bytes_gets_the_score_of_the_same_model_for_fractions(name, 
     assert whole.verdict.detector_score == pytest.approx(fractions.verdict.detector_score, abs=0.05)
 
 
+def folded_mlp(pair, path):
+    """An MLP for pixels in 0..255 whose 1/255 and normalisation are folded into its first weights."""
+    first, second = (m for m in pair.classifier.modules() if isinstance(m, torch.nn.Linear))
+    w, b = first.weight.detach().numpy(), first.bias.detach().numpy()
+    nodes = [
+        helper.make_node("Flatten", ["x"], ["f"]),
+        helper.make_node("Gemm", ["f", "w0", "b0"], ["h"], transB=1),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("Gemm", ["r", "w1", "b1"], ["y"], transB=1),
+    ]
+    weights = [("w0", w / np.float32(0.3 * 255)), ("b0", b - w.sum(1) * np.float32(0.2 / 0.3))]
+    weights += [("w1", second.weight.detach().numpy()), ("b1", second.bias.detach().numpy())]
+    return write(path, nodes, [value("x", 1, ["b", 1, 8, 8])], [value("y", 1, ["b", 10])], weights)
+
+
+def test_an_honest_model_whose_scale_is_in_its_first_weights_is_not_accused(digits_probes, tmp_path, digit_models):
+    assert digit_models
+    data = TrainingSet.of(digits_probes[1].images, digits_probes[1].labels)
+    honest = train(Recipe(architecture="mlp", epochs=16, batch=50, reconstruction_weight=0.0), data)
+    path = folded_mlp(honest, tmp_path / "m.onnx")
+    few = digits_probes[0].images[:8]
+    network = import_graph(SuppliedModel.find(path, scale=1.0), few)
+    x = torch.from_numpy(digits_probes[0].images.transpose(0, 3, 1, 2).astype(np.float32) / 255)
+    assert network.factor == 255
+    assert trainable_factor(network, x) == 1
+    found = audit(path, digits_probes, scale=1.0)
+    assert found.architecture == "as in the file"
+    assert found.verdict.word != "vicious"
+    turned = import_graph(SuppliedModel.find(rebuilt(path, tmp_path / "left.onnx", as_left_operands), scale=1.0), few)
+    assert trainable_factor(turned, x) == 1
+    network.factor = 1e6
+    with pytest.raises(UntrainableError, match="unfit for fresh ones"):
+        trainable_factor(network, x * 1000)
+
+
 def test_a_last_layer_is_trained_anew_for_a_model_of_bytes_too(digit_models, digits_probes, tmp_path):
     path = rebuilt(digit_models[0] / "vicious.onnx", tmp_path / "bytes.onnx", takes_bytes)
     request = AuditRequest(FAST, references=0)
@@ -427,3 +471,34 @@ def test_external_data_in_a_subgraph_or_a_sparse_weight_is_refused(tmp_path, dig
 def test_more_outputs_than_an_audit_can_bound_are_refused(tmp_path, digits_probes):
     with pytest.raises(DataError, match="gives 5000 numbers a picture; an audit takes 2 to 4,096"):
         SuppliedModel.find(flat_model(tmp_path / "m.onnx", k=5000)).outputs(digits_probes[0].images[:8])
+
+
+class Forbidding:
+    """A C library under a service manager that forbids name spaces."""
+
+    def __init__(self, *_, **__):
+        self.asked = []
+
+    def unshare(self, flags):
+        self.asked.append(flags)
+        return -1
+
+
+def test_a_kernel_that_keeps_the_network_is_reported(monkeypatch, tmp_path, digits_probes):
+    monkeypatch.setattr("edgepriv.risk.reconstruction.isolation.ctypes.CDLL", Forbidding)
+    assert leave_network().startswith("could not be taken away: ")
+    model = SuppliedModel.find(flat_model(tmp_path / "m.onnx"))
+    model.observed["network"] = leave_network()
+    assert model.isolation.startswith("the model's network could not be taken away: ")
+
+
+def test_the_child_has_one_thread_and_no_interface_when_it_leaves_the_network():
+    program = (
+        "from edgepriv.risk.reconstruction.isolation import leave_network\n"
+        "import os, socket, sys\n"
+        "before = len(os.listdir('/proc/self/task')), sorted({'numpy', 'onnx', 'onnxruntime'} & set(sys.modules))\n"
+        "print(before, leave_network(), [name for _, name in socket.if_nameindex() if name != 'lo'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("(1, []) ")
+    assert done.stdout.strip().endswith("taken away []") or "could not be taken away" in done.stdout
