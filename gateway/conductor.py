@@ -51,10 +51,11 @@ class Conductor(Weights):
         self.cohorts: dict[tuple[int, str], Round] = {}
         self.parts = Parts(self)
         self.records: list[RoundRecord] = []
-        self.counters = {"steps_refused": 0, "updates_refused": 0, "updates_folded": 0, "late": 0}
+        self.counters = {"steps_refused": 0, "updates_refused": 0, "updates_folded": 0, "late": 0, "shares_wrong": 0}
         self._pending: dict[str, dict[tuple[str, bytes], Staged]] = {}
         self._paths: dict[bytes, Path] = {}
         self._unmaskers: dict[str, Any] = {}
+        self._seeds: dict[str, Any] = {}
         self.over: list[str] = []  # folders that the next tick deletes
         self._dirty: dict[str, Round | PartedRound] = {}
         self._saved: dict[str, bytes] = {}
@@ -416,12 +417,16 @@ class Conductor(Weights):
         return [(row[0], row[2]) for row in aggregate.load_checkpoint(folder, current.opened).taken]
 
     def _remove_masks(self, current: Round, action: round_events.RemoveMasks, now: float) -> list[Outgoing]:
-        from gateway.unmasking import rebuild
+        from gateway.unmasking import MAX_SEARCHES, Seeds, UnfinishedError, rebuild
 
+        key, known = current.plan.key, self._seeds.setdefault(current.plan.key, Seeds())
+        before = len(known.wrong)
         try:
-            self._unmaskers[current.plan.key] = rebuild(current, action, self.trust)
-        except EdgeprivError:
-            return self.event(current, round_events.UnmaskFailed(), now)
+            self._unmaskers[key] = rebuild(current, action, self.trust, known, searches=MAX_SEARCHES)
+        except EdgeprivError as error:
+            return self.event(current, round_events.UnmaskFailed(isinstance(error, UnfinishedError)), now)
+        finally:
+            self.counters["shares_wrong"] += len(known.wrong) - before
         actions = current.masks_removed(now)
         self.touch(current)
         return self.carry_out(current, actions, now)
@@ -485,4 +490,5 @@ class Conductor(Weights):
     def _drop(self, key: str) -> None:
         self._pending.pop(key, None)
         self._saved.pop(key, None)
+        self._seeds.pop(key, None)
         self.over.append(key)

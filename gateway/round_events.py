@@ -63,7 +63,9 @@ class Folded:
 
 @dataclass(frozen=True, slots=True)
 class UnmaskFailed:
-    """A share was wrong: wait for more reveals."""
+    """Shares were wrong: wait for more reveals, or (``again``) the search for them goes on at the next tick."""
+
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True)

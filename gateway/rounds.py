@@ -64,6 +64,7 @@ from gateway.round_events import (
     RemoveMasks,
     Send,
     Stepped,
+    Tick,
     UnmaskFailed,
     UploadComplete,
 )
@@ -89,7 +90,7 @@ class Round:
         self.sharers: list[int] = []
         self.survivors: list[int] = []
         self.reveals: dict[int, Reveal] = {}
-        self.tried = 0
+        self.tried, self.ticked = 0, False
         self.record: RoundRecord | None = None
         self.opened = announcement(plan, sum(1 for n in self.devices if "~" not in n), now)
 
@@ -159,6 +160,7 @@ class Round:
         """
         if self.state in ENDED:
             return self._after_end(event)
+        self.ticked = isinstance(event, Tick)
         match event:
             case Stepped(name, body) if name in self.devices:
                 actions = self._step(name, body)
@@ -170,8 +172,8 @@ class Round:
                 actions = self._complete(name, digest)
             case Folded(name, digest, reason):
                 actions = self._folded(name, digest, reason)
-            case UnmaskFailed():
-                self.tried = len(self.reveals)
+            case UnmaskFailed(again):
+                self.tried = 0 if again else len(self.reveals)
                 actions = []
             case Finished():
                 return self._finished(event, now)
@@ -327,8 +329,7 @@ class Round:
     # --- progress -----------------------------------------------------------------------------------------
 
     def _advance(self, now: float) -> list[Action]:
-        before = self.state
-        actions = getattr(self, f"_advance_{self.state}")(now)
+        before, actions = self.state, getattr(self, f"_advance_{self.state}")(now)
         if self.state != before and self.state not in ENDED:
             self.state_since = self.resent = now
             actions = [*actions, *self._advance(now)]
@@ -356,7 +357,8 @@ class Round:
         return self._resend(now)
 
     def _advance_collecting(self, now: float) -> list[Action]:
-        actions = [*self._drop_stalled(now), *self._fill(now)]
+        self._drop_stalled(now)
+        actions = self._fill(now)
         if any(d.state == "complete" for d in self.devices.values()):
             return actions  # the aggregator will say Folded; the deadline waits for it
         names = [self.cohort[i] for i in self.sharers] if self.plan.privacy == MASKED else list(self.devices)
@@ -365,12 +367,11 @@ class Round:
             return actions
         return [*actions, *self._close_sum(now)]
 
-    def _drop_stalled(self, now: float) -> list[Action]:
+    def _drop_stalled(self, now: float) -> None:
         for key, device in self.devices.items():
             if device.state == "open" and now - device.at >= self.plan.stall_s:
                 device.state = "offered"
                 self.queue.append(key)
-        return []
 
     def _close_sum(self, now: float) -> list[Action]:
         folded = [n for n, d in self.devices.items() if d.state == "folded"]
@@ -404,10 +405,11 @@ class Round:
         return self._resend(now)
 
     def _advance_unmasking(self, now: float) -> list[Action]:
-        actions = self._try_unmask()
-        if not actions and now >= self.state_since + self.plan.step_s:
-            return self._end("aborted", f"only {len(self.reveals)} of {self.threshold} shares were revealed", now)
-        return actions
+        actions = self._try_unmask() if self.ticked else []  # much work: not at every single reveal
+        if not self.ticked or actions or now < self.state_since + self.plan.step_s:
+            return actions
+        wrong = "" if len(self.reveals) < self.threshold else ", and too many of them are wrong"
+        return self._end("aborted", f"only {len(self.reveals)} of {self.threshold} shares were revealed{wrong}", now)
 
     def _try_unmask(self) -> list[Action]:
         if len(self.reveals) < max(self.threshold, self.tried + 1):
