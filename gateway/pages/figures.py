@@ -230,7 +230,9 @@ class Figures:
         listed, now = (unpack(rows[0][0]) if rows else []), self._clock()
         if not isinstance(listed, list):
             return []
-        return [{**m, "style": style(m, now), "valid": not unjudged(m, now)} for m in listed]
+        return [
+            {**m, "style": style(m, now), "valid": bool(m.get("valid")) and m.get("expires", 0) > now} for m in listed
+        ]
 
     def storage(self, number: int) -> tuple[dict[str, Any], Page]:
         """Totals, and frames and bytes by device."""

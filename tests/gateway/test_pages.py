@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 from gateway_site import Device, PagesServer, Site, exchange
+from pages_site import client, csrf, ended_round, pages_site, reported
 
 from edgepriv.wire import cbor
 from gateway.config import load
@@ -24,35 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 @pytest.fixture
 def site(tmp_path):
-    made = Site(tmp_path, pages={"tokens": "operators.toml", "port": 1})
-    made.daemon = made.gateway()
-    made.config = load(made.config_path)
-    made.store = open_store(made.config)
-    made.pages = Pages(made.config, made.store)
-    made.tokens = {
-        name: made.pages.operators.add(name, role) for name, role in (("ann", "operator"), ("vic", "viewer"))
-    }
-    made.server = PagesServer(made.pages.guarded())
-    made.clients = []
-    yield made
-    for opened in made.clients:
-        opened.close()
-    made.server.close()
-    made.store.close()
-    made.close()
-
-
-def client(site, name=None):
-    made = httpx.Client(base_url=site.server.url, follow_redirects=False, timeout=20)
-    site.clients.append(made)
-    if name:
-        answer = made.post("/login", data={"token": site.tokens[name]})
-        assert answer.status_code == 303, answer.text
-    return made
-
-
-def csrf(made, path="/rounds"):
-    return re.search(r'name="csrf" value="([^"]+)"', made.get(path).text)[1]
+    with pages_site(tmp_path) as made:
+        yield made
 
 
 class Turning:
@@ -265,26 +239,6 @@ def test_the_pages_name_no_other_host(site):
     made = client(site, "vic")
     for path in READS:
         assert not re.search(r'(?:src|href)="(?:https?:)?//', made.get(path).text)
-
-
-def ended_round(site, number=1, **changes):
-    """A round as the daemon stores it when it is over."""
-    record = {
-        "round": number, "outcome": "done", "privacy": "masked", "participants": ["dev-cam1"], "invited": 2,
-        "rejected": [], "epsilon": 1.5, "delta": 1e-6, "noise": "distributed", "before": b"a" * 32, "after": b"b" * 32,
-        "parts": [["root/0", "done", "", 34], ["north", "out", "no partial sum came", 0]], **changes,
-    }  # fmt: skip
-    site.store.database.execute(
-        "INSERT INTO rounds (number, state, record, started, updated) VALUES (?, 'done', ?, ?, ?)",
-        (number, cbor.encode(record), time.time() - 90, time.time() - 30),
-    )
-
-
-def reported(site, number, **body):
-    site.store.database.execute(
-        "INSERT INTO reports (kind, subject, sender, at, body) VALUES ('round', ?, 'risk-lab', ?, ?)",
-        (str(number), time.time(), cbor.encode(body)),
-    )
 
 
 def test_a_round_shows_what_its_updates_give_away_and_says_when_nobody_looked(site):

@@ -40,10 +40,11 @@ def browser():
 
 
 @pytest.fixture
-def site(tmp_path):
+def site(tmp_path, request):
     made = Site(
         tmp_path, devices=[f"cam{i}" for i in range(1, 5)], pages={"tokens": "operators.toml", "port": 1},
         models={"require_verdict": False}, rounds={"quorum": 1, "deadline_s": 60.0, "resend_s": 1.0},
+        alerts=getattr(request, "param", {}),
     )  # fmt: skip
     made.broker, made.daemon = Broker(tmp_path, made.port), GatewayProcess(made)
     made.config = load(made.config_path)
@@ -161,6 +162,42 @@ def test_an_operator_starts_follows_and_stops_a_live_round(site, fleet, browser,
     page.context.close()
 
 
+@pytest.mark.parametrize("site", [{"certificate_days": 0.5}], indirect=True, ids=["well"])  # trust lasts a day here
+def test_an_open_page_follows_alerts_and_says_so_when_the_gateway_dies(site, fleet, browser, tmp_path):
+    page, errors = checked_page(browser, color_scheme="light")
+    log_in(page, site, "vic")
+    wait_for(lambda: page.inner_text("#well .big") == "Yes", 15, "the fleet is not well to begin with")
+    loaded = page.evaluate("performance.timeOrigin")
+    site.broker.kill()
+    wait_for(lambda: page.inner_text("#well .big") == "No", 20, "the lost broker is not shown")
+    assert page.inner_text("#state") == "Not ready: broker: not connected"
+    assert "not connected" in page.inner_text("[data-refresh=alerts] .critical")
+    site.broker.start()
+    wait_for(lambda: page.inner_text("#well .big") == "Yes", 30, "the mended broker is not shown")
+    assert page.inner_text("#state") == "The gateway runs and the broker is connected."
+    site.daemon.kill()
+    wait_for(lambda: page.inner_text("#state").startswith("Stale: the gateway last wrote"), 30, "nothing says it died")
+    wait_for(lambda: page.inner_text("#well .big") == "Not known", 10, "the fleet is still called well")
+    assert page.inner_text("#leaking .big") == "Not known"
+    assert page.get_attribute("#state", "class") == "state bad"
+    assert serious_faults(page) == []
+    shot(page, "gateway-dead", tmp_path)
+    site.daemon.start()
+    wait_for(lambda: page.inner_text("#state").startswith("The gateway runs"), 30, "its return is not shown")
+    assert page.evaluate("performance.timeOrigin") == loaded  # never loaded again: the page itself kept up
+    assert errors == []
+    page.context.close()
+
+
+def test_an_open_page_of_a_removed_operator_closes(site, fleet, browser):
+    page, errors = checked_page(browser)
+    log_in(page, site, "vic")
+    assert site.cli("operators", "remove", "vic").returncode == 0
+    page.wait_for_selector("h1:has-text('Log in')", timeout=15_000)
+    assert errors == []
+    page.context.close()
+
+
 def test_a_rollout_halts_itself_when_devices_report_failures(site, fleet, browser, tmp_path):
     model = tmp_path / "m.onnx"
     model.write_bytes(b"the model's bytes")
@@ -191,9 +228,9 @@ def test_a_leaking_model_is_the_first_thing_seen_in_the_dark_and_without_javascr
     wait_for((site.folder / "state" / "status.json").exists, 15, "the gateway did not start")
     model = tmp_path / "v.onnx"
     model.write_bytes(b"a vicious model")
-    digest = told(site, "model-add", path=str(model), name="vicious", version="1")["digest"]
+    digest = told(site, "model-add", path=str(model), name="eye", version="1")["digest"]
     body = cbor.encode({
-        "model": digest, "verdict": "high leakage", "policy": "argmax", "serial": 1, "issued": int(time.time()),
+        "model": digest, "verdict": "vicious", "policy": "argmax", "serial": 1, "issued": int(time.time()),
         "expires": int(time.time()) + 86_400,
     })  # fmt: skip
     lab = Recipient(site, "risk-lab")
@@ -212,12 +249,15 @@ def test_a_leaking_model_is_the_first_thing_seen_in_the_dark_and_without_javascr
 
     def seen():
         page.goto(site.server.url + "/")
-        return "found high leakage: vicious 1" in page.inner_text("main")
+        return "found leakage in eye 1: vicious" in page.inner_text("main")
 
     wait_for(seen, 15, "the leak is not shown")
+    assert page.inner_text("#leaking .big") == "Yes"
+    assert page.locator("#leaking.bad").count() == 1
+    assert page.locator(".alerts .critical:has-text('the risk service')").count() == 1
     shot(page, "leaking-dark", tmp_path)
     page.goto(site.server.url + "/models")
-    assert "high leakage" in page.inner_text("main")
+    assert page.inner_text("td.bad").startswith("vicious")
     assert page.locator("button:has-text('Halt')").count() == 0  # a viewer
     shot(page, "models-dark", tmp_path)
     context.close()
