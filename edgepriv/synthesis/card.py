@@ -24,9 +24,7 @@ __all__ = ["AUC_TO_AIM_AT", "ReleaseCard", "Suggestion", "picture_grid", "recomm
 SCHEMA = "edgepriv.release-card/1"
 AS_GOOD_WITHIN = 0.005
 AUC_TO_AIM_AT = 0.57
-WORDED = frozenset(
-    {"recommendation", "claim", "warnings", "suggestion", "measured_on"}
-)  # told in sentences, not in the table
+WORDED = frozenset({"recommendation", "claim", "warnings", "suggestion", "measured_on"})  # sentences, not the table's
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +216,7 @@ def render_html(card: ReleaseCard, pictures: dict[str, bytes]) -> str:
 
 def _row(key: str, value: Any) -> str:
     text = "not applicable" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    text = ", ".join(map(str, value)) if isinstance(value, list) else text
     return f"<tr><th scope=row>{html.escape(key.replace('_', ' '))}</th><td>{html.escape(text)}</td></tr>"
 
 

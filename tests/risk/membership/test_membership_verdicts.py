@@ -283,6 +283,13 @@ def test_a_rate_of_one_in_a_thousand_is_read_and_shown_where_there_are_records_e
     assert f"{100 * rates['lira']:.1f} %" in next(line for line in out.splitlines() if line.startswith("lira"))
 
 
+def test_the_command_and_the_card_start_from_the_same_limits():
+    from edgepriv.cli.audit_membership import membership
+
+    given = {option.name: option.default for option in membership.params}
+    assert audit.Limits(given["max_auc"], given["max_tpr"], float(given["fpr"])) == audit.LIMITS
+
+
 def test_a_leak_at_one_in_a_thousand_is_a_leak_at_that_rate_alone():
     rng = np.random.default_rng(1)
     members = np.arange(12000) < 6000
