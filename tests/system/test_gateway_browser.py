@@ -249,12 +249,12 @@ def test_a_leaking_model_is_the_first_thing_seen_in_the_dark_and_without_javascr
 
     def seen():
         page.goto(site.server.url + "/")
-        return "found leakage in eye 1: vicious" in page.inner_text("main")
+        raised = page.locator(".alerts .critical:has-text('the risk service')").count() == 1
+        return raised and "found leakage in eye 1: vicious" in page.inner_text("main")
 
     wait_for(seen, 15, "the leak is not shown")
     assert page.inner_text("#leaking .big") == "Yes"
     assert page.locator("#leaking.bad").count() == 1
-    assert page.locator(".alerts .critical:has-text('the risk service')").count() == 1
     shot(page, "leaking-dark", tmp_path)
     page.goto(site.server.url + "/models")
     assert page.inner_text("td.bad").startswith("vicious")
