@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from edgepriv.keys import Identity
     from edgepriv.selective_encryption.calibrate import Samples
     from edgepriv.selective_encryption.protection import Bundle
+    from edgepriv.selective_encryption.succession import Previous
 
 
 class DefaultGroup(click.Group):
@@ -60,7 +61,8 @@ protect.add_command(audit)
 @click.option("--limit", default=2000, show_default=True, help="Samples used of each part of the data.")
 @click.option("--issuer", type=click.Path(path_type=Path), help="Key that signs; made in --out/owner if not given.")
 @click.option("--name", help="Name in the manifest.")
-@click.option("--version", "version", default=1, show_default=True, help="Version of this model.")
+@click.option("--version", "version", type=int, help="Version of this model; default 1, or one more than --previous.")
+@click.option("--previous", type=click.Path(path_type=Path), help="Folder that protect wrote for the version before.")
 @click.option("--check", default="quick", show_default=True, help="Attacks before release: quick or none.")
 @click.option("--margin", default=0.10, show_default=True, help="Largest gain an attacker may have.")
 @click.option("--max-share", default=0.3, show_default=True, help="How far the share may be raised.")
@@ -86,8 +88,9 @@ def protect_model(**flags: Any) -> None:
     form = input_form(model_path, flags["task"], flags["mean"], flags["scale"], flags["sigma"])
     plain = _plain_model(model_path, flags["arch"], flags["weights"], flags["input_shape"])
     train, test = _samples(flags["data"], form, flags["limit"])
-    issuer = _issuer(flags["issuer"], flags["out"])
-    name = flags["name"] or (model_path.stem if model_path else flags["arch"])
+    previous = _previous(flags["previous"])
+    issuer = _issuer(flags["issuer"], flags["out"], flags["previous"])
+    name = flags["name"] or (previous.name if previous else model_path.stem if model_path else flags["arch"])
     bundle, report = make_bundle(
         plain,
         train,
@@ -96,8 +99,9 @@ def protect_model(**flags: Any) -> None:
         form.fields(),
         issuer,
         name,
-        flags["version"],
+        flags["version"] or (previous.version + 1 if previous else 1),
         now_s=int(time.time()),
+        previous=previous,
         log=_log,
     )
     _write(flags["out"], bundle, report, issuer)
@@ -135,7 +139,16 @@ def _samples(spec: str | None, form: InputForm, limit: int) -> tuple[Samples | N
     return parts[0], parts[1]
 
 
-def _issuer(path: Path | None, out: Path) -> Identity:
+def _previous(folder: Path | None) -> Previous | None:
+    if folder is None:
+        return None
+    from edgepriv.selective_encryption import succession
+
+    return succession.read(folder)
+
+
+def _issuer(path: Path | None, out: Path, previous: Path | None) -> Identity:
+    """The key that signs: the given one, that of the version before, or a new one; the latter two lie in OUT/owner."""
     from edgepriv.keys import Identity, load_identity
 
     if path is not None:
@@ -144,7 +157,10 @@ def _issuer(path: Path | None, out: Path) -> Identity:
     if own.is_file():
         return load_identity(own)
     own.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    issuer = Identity.new("owner", "model-issuer")
+    before = previous / "owner" / "issuer.key" if previous is not None else None
+    if previous is not None and (before is None or not before.is_file()):
+        raise ConfigError(f"{previous} was signed with another key", hint="--issuer, the key that signed it")
+    issuer = load_identity(before) if before is not None else Identity.new("owner", "model-issuer")
     issuer.save(own)
     return issuer
 

@@ -172,8 +172,8 @@ def decoy_rows(
     values = rows.astype(np.float64)
     out = rows.copy()
     if selected.any():
-        made = {"mixture": _normalised_mixture, "dprm": _dprm, "zeros": _zeros}[kind](values, inputs, selected, noise)
-        out[selected] = _cast(made, rows)
+        made = {"mixture": mixture_rows, "dprm": _dprm, "zeros": _zeros}[kind](values, inputs, selected, noise)
+        out[selected] = _cast(made, rows) if kind == "dprm" else fitted(made, rows, ~selected)
     return out
 
 
@@ -192,9 +192,10 @@ def _zeros(
     return np.zeros((int(selected.sum()), values.shape[1]))
 
 
-def _normalised_mixture(
+def mixture_rows(
     values: NDArray[np.float64], inputs: int, selected: NDArray[np.bool_], noise: PrfNoise
 ) -> NDArray[np.float64]:
+    """Rows for the selected places from a mixture of the others, each normalised by its channels' typical norms."""
     count, taps = int(selected.sum()), values.shape[1]
     clear = ~selected
     if clear.sum() < 2 * min(taps, MAX_FULL_TAPS):
@@ -207,6 +208,12 @@ def _normalised_mixture(
         flat = fit_mixture(unit.reshape(-1, 1), noise, components=4)
         return np.asarray(flat.sample(count * taps, noise).reshape(count, taps) * scale[selected])
     return np.asarray(fit_mixture(unit, noise).sample(count, noise) * scale[selected])
+
+
+def fitted(made: NDArray[np.float64], rows: NDArray[Any], clear: NDArray[np.bool_]) -> NDArray[Any]:
+    """Decoys as values of the file's element type."""
+    del clear
+    return _cast(made, rows)
 
 
 def _cast(made: NDArray[np.float64], rows: NDArray[Any]) -> NDArray[Any]:

@@ -17,6 +17,7 @@ from edgepriv.selective_encryption import calibrate, carrier, decoys, manifest, 
 from edgepriv.selective_encryption.restore import Restored
 from edgepriv.selective_encryption.select.choose import SCOPES
 from edgepriv.selective_encryption.select.scoring import STRATEGIES
+from edgepriv.selective_encryption.succession import inherited
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from edgepriv.keys import Identity
     from edgepriv.selective_encryption.calibrate import Samples
     from edgepriv.selective_encryption.protection import Bundle, Draft, LevelPlan
+    from edgepriv.selective_encryption.succession import Inherited, Previous
 
     Log = Callable[[str], None]
 
@@ -31,6 +33,10 @@ SCHEMA = "edgepriv.protect/1"
 SHARE_STEPS = (1.0, 1.5, 2.25, 3.4)  # how far the share is raised before protection is refused
 MASKED_MARGIN = 0.02
 CHECKS = ("quick", "none")
+NO_PREVIOUS = (
+    "warning: a later version without --previous draws positions and decoys anew: whoever holds the carriers of two "
+    "versions finds the encrypted kernels by comparing them, and reads in one what the other hides"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,21 +71,29 @@ def make_bundle(
     version: int,
     *,
     now_s: int,
+    previous: Previous | None = None,
     log: Log = print,
 ) -> tuple[Bundle, dict[str, Any]]:
     """Protect a model in memory; raises the share, or refuses, while the quick attacks gain too much."""
     _check_options(options)
     secret, model_id = random_bytes(32), random_bytes(16)
+    if previous is not None:
+        secret, model_id = previous.secret, previous.model_id
+    elif version > 1:
+        log(NO_PREVIOUS)
     targets = protection.parse_levels(options.levels)
     original = plain
     folded = 0
     if not options.keep_bn:
         plain, folded = carrier.fold_batchnorm(plain)
     layers = carrier.layers(plain, dense=options.dense)
+    before = _inherited(previous, plain, layers, options, folded, version)
     scores, used = _scores(plain, layers, options, train, log)
-    share, made, attackers = _accepted(original, plain, layers, scores, options, train, test, secret, model_id, log)
+    decoys_of = (secret, model_id, before)
+    share, made, attackers = _accepted(original, plain, layers, scores, options, train, test, decoys_of, log)
     plans = protection.plan_levels(made, targets, test, threads=options.threads, log=log)
     report = _report(name, made, plans, test, used, share, folded, attackers, options)
+    report["previous_version"] = previous.version if previous is not None else None
     about = {**report, "input": dict(form)}
     bundle = protection.finish(
         made,
@@ -95,6 +109,24 @@ def make_bundle(
     )
     report["secrets"] = {"key": bundle.key, "decoys": secret}
     return bundle, report
+
+
+def _inherited(
+    previous: Previous | None, plain: Any, layers: Any, options: Options, folded: int, version: int
+) -> Inherited | None:
+    """What the version before has hidden and shown; refuses flags that would undo its protection (ConfigError)."""
+    if previous is None:
+        return None
+    if version <= previous.version:
+        raise ConfigError(f"version {version} does not follow version {previous.version}", hint="raise --version")
+    if bool(folded) != bool(previous.about.get("batchnorm_folded")):
+        raise ConfigError(
+            "BatchNorm is folded in one of the two versions only: each would show what the other one hides",
+            hint="give --keep-bn as for the previous version",
+        )
+    if previous.about.get("dense") and not options.dense:
+        raise ConfigError("the previous version hid Gemm and MatMul weights too", hint="give --dense again")
+    return inherited(previous, plain, layers, version)
 
 
 def _check_options(options: Options) -> None:
@@ -149,11 +181,14 @@ def _accepted(
     options: Options,
     train: Samples | None,
     test: Samples | None,
-    secret: bytes,
-    model_id: bytes,
+    decoys_of: tuple[bytes, bytes, Inherited | None],
     log: Log,
 ) -> tuple[float, Draft, list[dict[str, Any]]]:
-    """Raise the share until the quick attacks gain no more than the margin."""
+    """Raise the share until the quick attacks gain no more than the margin.
+
+    ``decoys_of``: their secret, the model id, and what the version before leaves.
+    """
+    secret, model_id, before = decoys_of
     for factor in SHARE_STEPS:
         share = min(options.share * factor, 1.0)
         if factor > 1 and share > options.max_share:
@@ -167,6 +202,7 @@ def _accepted(
             model_id=model_id,
             kind=options.decoys,
             scope=options.scope,
+            before=before,
         )
         if options.check == "none" or train is None or test is None or options.mode == "full":
             return share, made, []
@@ -176,7 +212,8 @@ def _accepted(
         log(f"share {share:.3f}: {problem}")
     raise RefusedError(
         f"an attacker gains too much up to a share of {options.max_share:g}: {problem}",
-        hint="raise --max-share or --margin, choose another --select, or use --mode full",
+        hint="raise --max-share or --margin, choose another --select, use --mode full"
+        + (", or protect a retrained model without --previous" if before is not None else ""),
     )
 
 

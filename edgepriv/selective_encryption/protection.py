@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from edgepriv.selective_encryption.calibrate import Samples
     from edgepriv.selective_encryption.carrier import Layer
     from edgepriv.selective_encryption.manifest import Manifest
+    from edgepriv.selective_encryption.succession import Inherited
 
 FULL = "full"
 
@@ -96,6 +97,7 @@ def draft(
     kind: str = "mixture",
     scope: str = "global",
     external: bool | None = None,
+    before: Inherited | None = None,
 ) -> Draft:
     """Choose positions by score and write decoys there.
 
@@ -109,17 +111,21 @@ def draft(
         kind: of decoys.
         scope: ``global`` or ``layer`` budget.
         external: force or forbid a separate weight file.
+        before: what the version before has hidden and shown.
     """
     files = carrier.file_bytes(model, "carrier", external=external)
     plain = [np.frombuffer(content, np.uint8) for content in files.values()]
-    twice = shared_weights.echoes(list(files), plain, plain, layers)
-    choice = choose(scores, layers, share, scope=scope, barred=twice)
+    choice = _choice(scores, layers, share, scope, shared_weights.echoes(list(files), plain, plain, layers), before)
     regions = carrier.regions(files, layers)
     masked = [content.copy() for content in plain]
     for layer, region in zip(layers, regions, strict=True):
         hidden = choice.selected[layer.name]
         if hidden.any():
-            fake = masked_rows(model, [layer], choice.selected, secret=secret, model_id=model_id, kind=kind)[layer.name]
+            rows, label = carrier.weight_rows(model, layer), layer.name if before is None else before.label(layer)
+            noise = decoys.PrfNoise(secret, model_id, label)
+            fake = decoys.decoy_rows(rows, layer.inputs, hidden, noise, kind=kind)
+            if before is not None:
+                before.carry_over(layer, rows, fake, hidden, noise)
             region.rows(masked)[hidden] = np.ascontiguousarray(fake[hidden]).view(f"V{region.unit_bytes}").reshape(-1)
     chosen = sum(int(choice.selected[layer.name].sum()) * layer.unit_size for layer in layers)
     return Draft(
@@ -133,6 +139,22 @@ def draft(
         weight_share(choice, layers),
         chosen / _all_weights(model),
     )
+
+
+def _choice(
+    scores: Mapping[str, NDArray[np.float64]],
+    layers: list[Layer],
+    share: float,
+    scope: str,
+    twice: Mapping[str, NDArray[np.bool_]],
+    before: Inherited | None,
+) -> Choice:
+    """Positions: never what another tensor or the version before shows, always what that one hid."""
+    if before is None:
+        return choose(scores, layers, share, scope=scope, barred=twice)
+    barred = {layer.name: twice[layer.name] | before.barred(layer) for layer in layers}
+    forced = {layer.name: before.forced(layer) & ~barred[layer.name] for layer in layers}
+    return choose(scores, layers, share, scope=scope, barred=barred, forced=forced)
 
 
 def masked_rows(

@@ -157,15 +157,20 @@ def open_with_key(
     return Restored(level, digest, expires_s, names, files)
 
 
-def open_carrier(paper: manifest.Manifest, stored: Mapping[str, Any]) -> Restored:
+def open_carrier(paper: manifest.Manifest, stored: Mapping[str, Any], key: bytes | None = None) -> Restored:
     """Read the carrier as it is, decoys included (level 0), for measuring what everybody can have.
 
+    Args:
+        paper: the verified manifest.
+        stored: the bundle's files.
+        key: the owner's key of the top level, for a carrier that is itself sealed.
+
     Raises:
-        TrustError: the carrier itself is sealed.
+        TrustError: the carrier is sealed and no key was given.
     """
-    if paper.sealed:
+    if paper.sealed and key is None:
         raise TrustError("the carrier is sealed: level 0 does not exist in this mode")
-    files = [_array(_stored(stored, entry.name)) for entry in paper.files]
+    files = _carrier(paper, key or b"", len(paper.levels), stored)
     digest = levels.model_digest(files)
     if digest != paper.binding.carrier:
         raise AuthenticationError("the carrier is not the one that was signed", hint="fetch the model again")

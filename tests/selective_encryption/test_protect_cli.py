@@ -278,6 +278,24 @@ def test_a_wrong_flag_of_protect_is_named(digits_model, tmp_path, flags, words):
     assert not (tmp_path / "p" / "manifest.cbor").exists()
 
 
+def test_a_further_version_goes_on_with_name_issuer_and_positions_of_the_one_before(digits_model, tmp_path):
+    flags = ("--share", "0.1", "--check", "none", "--json")
+    command("protect", digits_model, "--name", "eye", "--out", tmp_path / "one", *flags)
+    report = command("protect", digits_model, "--previous", tmp_path / "one", "--out", tmp_path / "two", *flags)
+    assert (report["name"], report["previous_version"]) == ("eye", 1)
+    carriers = [(tmp_path / name / "carrier.onnx").read_bytes() for name in ("one", "two")]
+    assert carriers[0] == carriers[1]
+    issuers = [(tmp_path / name / "owner" / "issuer.key.pub").read_bytes() for name in ("one", "two")]
+    assert issuers[0] == issuers[1]
+    again = ("protect", digits_model, "--out", tmp_path / "three", *flags, "--previous", tmp_path / "two")
+    with pytest.raises(EdgeprivError, match="version 2 does not follow version 2"):
+        command(*again, "--version", "2")
+    with pytest.raises(EdgeprivError, match="folded in one of the two"):
+        command(*again, "--keep-bn")
+    with pytest.raises(MissingFileError, match="holds no protected model"):
+        command(*again[:-1], tmp_path)
+
+
 def test_a_model_without_convolution_and_a_wrong_shape_are_clear_errors(tmp_path):
     from onnx import TensorProto, helper, numpy_helper, save
 
@@ -340,7 +358,7 @@ def test_two_versions_from_two_bundle_folders_reach_a_device(protected, digits_m
     config, second = fresh_device(site, tmp_path), tmp_path / "second"
     command(
         *("protect", digits_model, "--data", "digits", "--share", "0.15", "--levels", "0.5,full", "--out", second),
-        *("--issuer", site / "owner.key", "--check", "none", "--version", "2", "--json"),
+        *("--issuer", site / "owner.key", "--check", "none", "--previous", protected[0], "--json"),
     )
     pull = ("model", "pull", "--config", config, "--repository", tmp_path / "repo", "--name", "digits", "--confirm")
     for number, folder in enumerate((protected[0], second), 1):

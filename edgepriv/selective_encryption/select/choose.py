@@ -42,6 +42,7 @@ def choose(
     *,
     scope: str = "global",
     barred: Mapping[str, NDArray[np.bool_]] | None = None,
+    forced: Mapping[str, NDArray[np.bool_]] | None = None,
 ) -> Choice:
     """Take the best-scored units up to a share of the layers' weights.
 
@@ -52,6 +53,7 @@ def choose(
         scope: ``global``: one budget over all layers; ``layer``: floor(n * share) + 1 units of each, at most n,
             which is the published rule and may exceed the share in small layers.
         barred: units that are never taken, by layer.
+        forced: units that are always taken, even beyond the share; the others get what it leaves.
 
     Raises:
         ConfigError: the share or the scope is not valid.
@@ -60,20 +62,19 @@ def choose(
         raise ConfigError(f"share {share} or scope {scope!r} is not valid", hint="0 < share <= 1; global or layer")
     rows = _ranked(scores, layers)
     if barred is not None:
-        open_to_all = np.concatenate([barred[layer.name] for layer in layers])
-        first = np.cumsum([0, *(layer.units for layer in layers)])
-        rows = rows[~open_to_all[first[rows[:, 0]] + rows[:, 1]]]
-    sizes = np.array([layer.unit_size for layer in layers])
+        rows = rows[~_listed(rows, layers, barred)]
+    must = _listed(rows, layers, forced) if forced is not None else np.zeros(len(rows), bool)
+    sizes = np.array([layer.unit_size for layer in layers])[rows[:, 0]]
     if scope == "global":
-        budget = share * sum(layer.parameters for layer in layers)
-        kept = rows[np.cumsum(sizes[rows[:, 0]]) <= budget]
+        budget = share * sum(layer.parameters for layer in layers) - sizes[must].sum()
+        kept = rows[must | (np.cumsum(np.where(must, 0, sizes)) <= budget)]
     else:
         limit = np.array([min(layer.units, int(layer.units * share) + 1) for layer in layers])
         place = np.zeros(len(rows), np.int64)
         for number in range(len(layers)):
             mine = rows[:, 0] == number
-            place[mine] = np.arange(mine.sum())
-        kept = rows[place < limit[rows[:, 0]]]
+            place[mine] = np.cumsum(~must[mine]) - 1 + must[mine].sum()
+        kept = rows[must | (place < limit[rows[:, 0]])]
     if not len(kept):
         raise ConfigError(f"a share of {share} is less than one kernel", hint="raise --share")
     return Choice(_masks(kept, layers), kept)
@@ -85,6 +86,15 @@ def _ranked(scores: Mapping[str, NDArray[np.float64]], layers: Sequence[Layer]) 
     joined = np.concatenate([scores[layer.name] for layer in layers])
     best_first = np.argsort(-joined, kind="stable")
     return np.stack([numbers, units], axis=1)[best_first]
+
+
+def _listed(
+    rows: NDArray[np.int64], layers: Sequence[Layer], marks: Mapping[str, NDArray[np.bool_]]
+) -> NDArray[np.bool_]:
+    """Which (layer number, unit) rows are marked."""
+    first = np.cumsum([0, *(layer.units for layer in layers)])
+    marked = np.concatenate([marks[layer.name] for layer in layers])
+    return np.asarray(marked[first[rows[:, 0]] + rows[:, 1]])
 
 
 def _masks(kept: NDArray[np.int64], layers: Sequence[Layer]) -> dict[str, NDArray[np.bool_]]:
