@@ -8,7 +8,8 @@ Queries (``what``: arguments -> body of the reply):
 ``trust`` (all): -> ``{"version", "digest", "size"}``; the list itself is fetched by its digest.
 ``models`` (device, risk): -> ``{"models": [...]}`` as `gateway.models` offers them to this party.
 ``verdict`` (risk): ``verdict`` -> ``{"accepted", "model"}``.
-``windows`` (risk): optional ``since`` -> ``{"windows": [...]}``, aggregated outputs as they are published.
+``windows`` (risk): optional ``since`` -> ``{"windows": [...], "models": [{"digest", "class", "count"}]}``, aggregated
+outputs as they are published, and counts by the digest of the model that ran.
 ``rounds`` (risk): optional ``after`` number -> ``{"rounds": [...]}``, ended rounds without a report, oldest first, as
 `gateway.round_audits` describes them; their weights are fetched by ``before``.
 ``report`` (risk): ``kind`` (``round``), ``subject`` (the round's number), ``report`` (a map of figures such as
@@ -166,7 +167,9 @@ class Desk:
         return self._models.take_verdict(bytes(args["verdict"]), session.party, now)
 
     def _windows(self, _session: Session, _role: str, args: dict[str, Any], now: float) -> Any:
-        return {"windows": outputs.recent(self._store.database, since=float(args.get("since", now - DAY_S)))}
+        since = float(args.get("since", now - DAY_S))
+        database = self._store.database
+        return {"windows": outputs.recent(database, since=since), "models": outputs.by_model(database, since=since)}
 
     def _rounds(self, _session: Session, _role: str, args: dict[str, Any], _now: float) -> Any:
         after = int(args.get("after", -1))

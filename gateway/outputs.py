@@ -6,6 +6,8 @@ class 0, the value as the score. An output without rows counts under class ``NON
 have revealed at most, on the first class counted. ``rate_per_s`` is count over the window's seconds.
 A window is published (MQTT, webhook) once it is over, and again if something late changes it: consumers replace by
 (device, model, class, start). Windows are by the device's time of capture, held within a day of the gateway's clock.
+The risk service compares bytes and not names: for it the same counts are kept by the digest of the model that ran, by
+the hour.
 """
 
 from __future__ import annotations
@@ -30,6 +32,9 @@ _UPSERT = """INSERT INTO windows (party, model, class, start, seconds, count, sc
  VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 1) ON CONFLICT (party, model, class, start) DO UPDATE SET
  count = windows.count + excluded.count, scored = windows.scored + excluded.scored,
  score_sum = windows.score_sum + excluded.score_sum, bits = windows.bits + excluded.bits, dirty = 1"""
+_UPSERT_MODEL = """INSERT INTO model_windows (party, digest, class, start, count) VALUES (?, ?, ?, ?, ?)
+ ON CONFLICT (party, digest, class, start) DO UPDATE SET count = model_windows.count + excluded.count"""
+HOUR_S = 3600
 _SUMS = "sum(count), sum(scored), sum(score_sum), sum(bits)"
 
 
@@ -75,28 +80,32 @@ class Windows:
     def __init__(self, database: Database, window_s: int) -> None:
         self._database, self._window_s = database, window_s
         self._sums: dict[tuple[str, str, int, int], list[float]] = {}
+        self._models: dict[tuple[str, bytes, int, int], int] = {}
 
     def add(self, party: str, output: Output, now: float) -> None:
         """Count a new output."""
         at = min(max(output.at, now - MAX_SKEW_S), now + MAX_SKEW_S)
-        start = int(at // self._window_s) * self._window_s
+        start, hour = int(at // self._window_s) * self._window_s, int(at // HOUR_S) * HOUR_S
         for index, counted in enumerate(count_output(output)):
             sums = self._sums.setdefault((party, output.model, counted.label, start), [0, 0, 0.0, 0.0])
             sums[0] += counted.count
             sums[1] += counted.scored
             sums[2] += counted.score_sum
             sums[3] += output.bits if index == 0 else 0.0
+            key = (party, output.model_digest, counted.label, hour)
+            self._models[key] = self._models.get(key, 0) + counted.count
 
     def flush(self) -> None:
         """Write the sums inside the caller's transaction."""
         rows = [(*key, self._window_s, int(s[0]), int(s[1]), s[2], s[3]) for key, s in self._sums.items()]
         if rows:
             self._database.executemany(_UPSERT, rows)
-        self._sums = {}
+            self._database.executemany(_UPSERT_MODEL, [(*key, count) for key, count in self._models.items()])
+        self.discard()
 
     def discard(self) -> None:
         """Forget the sums of a batch that failed."""
-        self._sums = {}
+        self._sums, self._models = {}, {}
 
 
 def finished(database: Database, *, before: float) -> list[dict[str, Any]]:
@@ -117,6 +126,16 @@ def recent(database: Database, *, since: float) -> list[dict[str, Any]]:
         (int(since), MAX_RECENT),
     )
     return [_described(row) for row in rows]
+
+
+def by_model(database: Database, *, since: float) -> list[dict[str, Any]]:
+    """Counts of the hours that begin at ``since`` or later, by model digest and class, at most `MAX_RECENT`."""
+    rows = database.query(
+        "SELECT digest, class, sum(count) FROM model_windows WHERE start >= ? GROUP BY digest, class"
+        " ORDER BY digest, class LIMIT ?",
+        (int(since), MAX_RECENT),
+    )
+    return [{"digest": bytes(digest), "class": label, "count": int(count)} for digest, label, count in rows]
 
 
 def _described(row: Row) -> dict[str, Any]:

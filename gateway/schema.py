@@ -81,6 +81,12 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         """CREATE TABLE round_parts (
             number INTEGER NOT NULL, part TEXT NOT NULL, snapshot BLOB NOT NULL, PRIMARY KEY (number, part))""",
     ),
+    (
+        """CREATE TABLE model_windows (
+            party TEXT NOT NULL, digest BLOB NOT NULL, class INTEGER NOT NULL, start INTEGER NOT NULL,
+            count INTEGER NOT NULL, PRIMARY KEY (party, digest, class, start))""",
+        "CREATE INDEX model_windows_by_start ON model_windows (start)",
+    ),
 )
 
 

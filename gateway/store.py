@@ -256,6 +256,9 @@ class Store:
             windows = self.database.execute(
                 "DELETE FROM windows WHERE party = ? AND start + seconds <= ?", (party, int(before))
             )
+            self.database.execute(
+                "DELETE FROM model_windows WHERE party = ? AND start + 3600 <= ?", (party, int(before))
+            )
             counts = {"frames": frames, "outputs": outputs, "windows": windows}
             self.audit(actor, "erase", {"device": party, "before": before, **counts}, now)
         self._unlink(paths)
@@ -278,7 +281,8 @@ class Store:
                 for table in ("frames", "outputs", "epoch_recipients"):
                     self.database.execute(f"DELETE FROM {table} WHERE epoch = ?", (epoch,))  # noqa: S608 - fixed names
                 self.database.execute("UPDATE epochs SET raw = NULL, closed = 1 WHERE id = ?", (epoch,))
-            self.database.execute("DELETE FROM windows WHERE start < ?", (int(older_than),))
+            for table in ("windows", "model_windows"):
+                self.database.execute(f"DELETE FROM {table} WHERE start < ?", (int(older_than),))  # noqa: S608 - as above
             self.audit("gateway", "expire", {"epochs": len(rows), "frames": len(paths)}, now)
         self._unlink(paths)
         return len(rows)

@@ -115,6 +115,10 @@ def open_service(config: RiskConfig, on_wait: Callable[[], None] = lambda: None)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def list_(config_path: Path, as_json: bool) -> None:
     """List audited and waiting models."""
+    from edgepriv.risk.config import load_config
+    from edgepriv.risk.drift import drift_in, drift_of
+
+    seen = drift_in(load_config(config_path).risk.state)
     rows: list[dict[str, Any]] = [
         {
             "model": job.name,
@@ -123,6 +127,7 @@ def list_(config_path: Path, as_json: bool) -> None:
             "verdict": (job.report or {}).get("verdict") if job.state == "done" else None,
             "before": (job.report or {}).get("verdict") if job.state != "done" else None,
             "error": job.error,
+            "drift": drift_of(seen, job.digest, job.name),
         }
         for job in _jobs(config_path)
     ]
@@ -130,7 +135,10 @@ def list_(config_path: Path, as_json: bool) -> None:
         click.echo(json.dumps({"schema": "edgepriv.risk-list/1", "models": rows}))
         return
     for row in rows:
-        click.echo(f"{row['digest'][:12]} {row['model']}: {row['verdict'] or row['state']} {row['error']}".rstrip())
+        drift = row["drift"] or {}
+        words = [row["error"], f"drift: index {drift['index']:.2f}" if drift.get("alert") else ""]
+        said = "; ".join(filter(None, words))
+        click.echo(f"{row['digest'][:12]} {row['model']}: {row['verdict'] or row['state']} {said}".rstrip())
 
 
 @risk.command()

@@ -33,6 +33,7 @@ class AuditSection:
     ``output``, ``scale``, ``mean``, ``colour``: as in the models' ``model.toml`` (``output`` is its ``logits``, empty
     for the first one); pictures with one channel are ``gray`` whatever ``colour`` says. All of these are signed in the
     verdict, and a device that does otherwise refuses it. ``report_days``: a conclusion that is older is reached again.
+    ``ray_address``: the cluster of ``executor = "ray"`` (``auto``, ``HOST:6379``); empty: Ray on this machine alone.
     """
 
     probe: str
@@ -47,6 +48,7 @@ class AuditSection:
     workers: int = 1
     threads: int = 1
     executor: str = "processes"
+    ray_address: str = ""
     device: str = "cpu"
     max_jobs: int = 100
     max_model_mb: float = 512.0

@@ -9,6 +9,7 @@ import datetime as dt
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from edgepriv.risk.drift import drift_of
 from edgepriv.risk.report import STYLE
 
 if TYPE_CHECKING:
@@ -30,14 +31,19 @@ ROUND_HEADS = ("Round", "Verdict", "Leakage bound", "Best attack")
 CARD_HEADS = ("Release", "Recommendation", "Card")
 
 
-def index_html(jobs: Iterable[Job], rounds: list[dict[str, Any]], releases: list[dict[str, Any]]) -> str:
-    """Render the page; newest first everywhere."""
+def index_html(
+    jobs: Iterable[Job],
+    rounds: list[dict[str, Any]],
+    releases: list[dict[str, Any]],
+    drift: list[dict[str, Any]] | None = None,
+) -> str:
+    """Render the page; newest first everywhere. ``drift``: rows of `drift.drift_in`."""
     models: dict[str, list[Job]] = {}
     for job in jobs:
         models.setdefault(job.name, []).insert(0, job)
     latest = sorted(models.items(), key=lambda pair: -pair[1][0].added)
     tables = [
-        _table("Models", MODEL_HEADS, [_model(*pair) for pair in latest], "No model was offered yet."),
+        _table("Models", MODEL_HEADS, [_model(*pair, drift or []) for pair in latest], "No model was offered yet."),
         _table("Federated rounds", ROUND_HEADS, [_round(row) for row in reversed(rounds)], "No round was audited."),
         _table("Synthetic releases", CARD_HEADS, [_release(row) for row in releases], "No release card is kept here."),
     ]
@@ -69,7 +75,16 @@ def _word(word: str) -> str:
     return f'<strong class="{kind}">{escape(word)}</strong>'
 
 
-def _model(name: str, jobs: list[Job]) -> str:
+def _drifted(job: Job, drift: list[dict[str, Any]]) -> str:
+    """A line on released outputs that are not like the audited ones; empty where they are, or too few were seen."""
+    seen = drift_of(drift, job.digest, job.name)
+    if seen is None or not seen.get("alert"):
+        return ""
+    figures = f"index {float(seen['index']):.2f} over {int(seen['outputs'])} outputs"
+    return f'<br><strong class="bad">drift</strong>: what devices release is not what was audited, {figures}'
+
+
+def _model(name: str, jobs: list[Job], drift: list[dict[str, Any]]) -> str:
     newest, *before = jobs
     report = newest.report or {}
     digest = newest.digest.hex()
@@ -78,6 +93,7 @@ def _model(name: str, jobs: list[Job]) -> str:
     reason = escape(str(report.get("reason") or newest.error or ""))
     if report and newest.state != "done":
         reason = f"not valid any more: {escape(newest.error) or 'it is audited again'}; it was: {reason}"
+    reason += "".join(_drifted(job, drift) for job in jobs[:HISTORY])
     return (
         f'<tr><th scope="row">{escape(name)}<br><code>{digest[:16]}</code></th><td>{word}{link}</td><td>{reason}</td>'
         f"<td>{_moment(newest.finished)}</td><td>{_history(before)}</td></tr>"

@@ -20,7 +20,9 @@ class RiskMetrics:
         self.verdicts = Counter(f"{PREFIX}_verdicts_sent", "Signed verdicts sent to the gateway", registry=reg)
         self.rounds = Counter(f"{PREFIX}_rounds", "Audited rounds by verdict", ["verdict"], registry=reg)
         self.rejected = Counter(f"{PREFIX}_rejected", "What was not believed, by kind", ["kind"], registry=reg)
-        self.drift = Gauge(f"{PREFIX}_drift_index", "Stability index of released outputs", ["model"], registry=reg)
+        self.drift = Gauge(
+            f"{PREFIX}_drift_index", "Stability index of released outputs", ["model", "digest"], registry=reg
+        )
         self.alerts = Counter(f"{PREFIX}_drift_alerts", "Drift alerts raised", registry=reg)
         self.audit_seconds = Histogram(
             f"{PREFIX}_audit_seconds", "Duration of an audit", buckets=(5, 15, 60, 300, 1800), registry=reg

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import generate_latest
 
+from edgepriv.risk.drift import drift_in, drift_of
 from edgepriv.risk.index_page import index_html
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ KINDS = {"json": "application/json", "html": "text/html; charset=utf-8", "png": 
 
 
 def listing(service: RiskService) -> list[dict[str, object]]:
-    """Return all jobs as JSON values."""
+    """Return all jobs as JSON values, with the drift of their released outputs where enough was seen."""
+    rows = drift_in(service.folder)
     return [
         {
             "model": job.name,
@@ -40,6 +42,7 @@ def listing(service: RiskService) -> list[dict[str, object]]:
             "verdict": (job.report or {}).get("verdict") if job.state == "done" else None,
             "before": (job.report or {}).get("verdict") if job.state != "done" else None,
             "attempts": job.attempts,
+            "drift": drift_of(rows, job.digest, job.name),
         }
         for job in service.jobs.listed()
     ]
@@ -63,7 +66,9 @@ def releases(folder: Path) -> list[dict[str, object]]:
 def answer(service: RiskService, path: str) -> tuple[int, str, bytes]:
     """Return status, content type and body for a path."""
     if path == "/":
-        page = index_html(service.jobs.listed(), service.rounds.found(), releases(service.folder))
+        page = index_html(
+            service.jobs.listed(), service.rounds.found(), releases(service.folder), drift_in(service.folder)
+        )
         return 200, KINDS["html"], page.encode()
     if path == "/releases":
         return 200, KINDS["json"], json.dumps(releases(service.folder)).encode()

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from edgepriv import files
 from edgepriv.errors import EdgeprivError, TemporaryError, UnavailableError, WireError
 from edgepriv.risk.audit_settings import settings_digest
-from edgepriv.risk.drift import Drift, DriftWatch
+from edgepriv.risk.drift import Audited, DriftWatch, keep_drift
 from edgepriv.risk.jobs import Job, JobQueue
 from edgepriv.risk.metrics import RiskMetrics
 from edgepriv.risk.round_watch import RoundWatch
@@ -32,11 +32,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edgepriv.risk.config import RiskConfig
+    from edgepriv.risk.drift import Drift
     from edgepriv.risk.reconstruction.auditors import Pipeline
 
 LOG = logging.getLogger("edgepriv.risk")
 REF_BYTES = 16
 RENEW_SHARE = 0.25  # a verdict is signed again in the last quarter of its life
+REFUSED_WAIT_S = 600.0
 CONNECTION = (TemporaryError, UnavailableError)  # the session's fault, not one offer's
 
 
@@ -85,11 +87,10 @@ class RiskService:
         self.metrics = RiskMetrics()
         self.rounds = RoundWatch(config, pool, self.metrics)
         self._drift = DriftWatch(min_outputs=config.drift.min_outputs, threshold=config.drift.threshold)
-        self.alerts: dict[str, Drift] = {}
         self._gateway: Gateway | None = None
         self._running: dict[bytes, Future[AuditAnswer]] = {}
         self._sent: dict[bytes, float] = {}
-        self._no_windows, self._watched = False, -1e18
+        self._watched = self._refused = -1e18
         if again := self.jobs.recover():
             LOG.info("%d audits were interrupted and are queued again", again)
 
@@ -103,7 +104,7 @@ class RiskService:
             self._start(gateway)
             self._report(gateway, offers)
             self._watch(gateway)
-            self.rounds.step(gateway)
+            self._rounds(gateway)
             self.metrics.connected.set(1)
         except (TemporaryError, UnavailableError, WireError) as error:
             LOG.warning("the gateway cannot be reached: %s", error)
@@ -165,7 +166,8 @@ class RiskService:
         return "the report is old" if old and job.state == "done" else ""
 
     def _start(self, gateway: Gateway) -> None:
-        while len(self._running) < self.config.audit.workers and (job := self._next()) is not None:
+        at_once = getattr(self._pool, "workers", self.config.audit.workers)
+        while len(self._running) < at_once and (job := self._next()) is not None:
             path = self._model_file(gateway, job)
             if path is None:
                 continue
@@ -278,31 +280,45 @@ class RiskService:
         serial = self.jobs.next_serial(now)
         return verdict_bytes(said, serial=serial, now=now, days=self.config.audit.verdict_days, sign=self._sign)
 
-    def _watch(self, gateway: Gateway) -> None:
-        """Compare the fleet's released outputs with the audits."""
-        if self._no_windows or self._clock() - self._watched < self.config.drift.every_s:
-            return
-        self._watched = self._clock()
+    def _rounds(self, gateway: Gateway) -> None:
+        """Audit rounds; what the gateway refuses of one of them does not end the service."""
         try:
-            windows = gateway.query("windows").get("windows", [])
+            self.rounds.step(gateway)
+        except (*CONNECTION, WireError):
+            raise
+        except EdgeprivError as error:
+            LOG.warning("a round is not reported: %s", error)
+            self.metrics.rejected.labels("round").inc()
+
+    def _watch(self, gateway: Gateway) -> None:
+        """Compare the fleet's released outputs with the audits; a refusal is asked about again later."""
+        now = self._clock()
+        if now - self._refused < REFUSED_WAIT_S or now - self._watched < self.config.drift.every_s:
+            return
+        self._watched = now
+        try:
+            told = gateway.query("windows")
         except (TemporaryError, UnavailableError, WireError):
             raise
         except EdgeprivError as error:
             LOG.warning("no drift alerts: %s", error)
-            self._no_windows = True
+            self._refused = now
             return
+        windows = told.get("windows")
         self._drift.take(windows if isinstance(windows, list) else [])
-        for job in self.jobs.listed("WHERE state = 'done'"):
-            found = self._drift.judge(job.name, (job.report or {}).get("class_counts", []))
-            if found is not None:
-                self._alert(found)
+        self._drift.take_models(told.get("models"))
+        done = self.jobs.listed("WHERE state = 'done'")
+        audited = [Audited(job.digest, job.name, (job.report or {}).get("class_counts", [])) for job in done]
+        before = set(self.alerts)
+        found = self._drift.look(audited)
+        for one in found:
+            self.metrics.drift.labels(one.model, one.digest[:12]).set(one.index)
+            if one.alert and one.key not in before:
+                LOG.warning("released outputs of %s drift from the audit: index %.2f", one.model, one.index)
+                self.metrics.alerts.inc()
+        keep_drift(self.folder, found)
 
-    def _alert(self, found: Drift) -> None:
-        self.metrics.drift.labels(found.model).set(found.index)
-        if found.alert and found.model not in self.alerts:
-            LOG.warning("released outputs of %s drift from the audit: index %.2f", found.model, found.index)
-            self.metrics.alerts.inc()
-        if found.alert:
-            self.alerts[found.model] = found
-        else:
-            self.alerts.pop(found.model, None)
+    @property
+    def alerts(self) -> dict[str, Drift]:
+        """Models whose released outputs drift from their audit now, by digest (by name: an older gateway)."""
+        return self._drift.alerts

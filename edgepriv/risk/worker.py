@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from concurrent.futures import Executor, Future
+    from concurrent.futures import Executor
     from pathlib import Path
 
     from edgepriv.risk.config import AuditSection
@@ -113,45 +113,12 @@ def open_pool(settings: AuditSection) -> Executor:
 
     Raises:
         MissingDependencyError: ``executor = "ray"`` without the ``ray`` extra.
+        UnavailableError: no cluster where ``ray_address`` says.
     """
     if settings.executor == "ray":
+        from edgepriv.risk.ray_pool import RayPool
+
         return RayPool(settings)
     from edgepriv.risk.pool import ProcessPool
 
     return ProcessPool(settings.workers)
-
-
-def _ray() -> Any:
-    try:
-        import ray
-    except ImportError as error:
-        from edgepriv.errors import MissingDependencyError
-
-        raise MissingDependencyError("executor = 'ray' needs Ray", hint="pip install 'edgepriv[ray]'") from error
-    return ray
-
-
-if TYPE_CHECKING:
-    _Base = Executor
-else:
-    from concurrent.futures import Executor as _Base
-
-
-class RayPool(_Base):
-    """The same interface over Ray: one task a GPU where there are any, else one a worker."""
-
-    def __init__(self, settings: AuditSection) -> None:
-        self._ray = _ray()
-        if not self._ray.is_initialized():
-            self._ray.init(num_cpus=settings.workers, include_dashboard=False, log_to_driver=False)
-        self._gpus = 1 if settings.device.startswith("cuda") else 0
-
-    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Start a task on the cluster."""
-        remote = self._ray.remote(num_gpus=self._gpus, max_retries=1)(fn)
-        future: Future[Any] = remote.remote(*args, **kwargs).future()
-        return future
-
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: ARG002 - Executor's
-        """Leave the cluster."""
-        self._ray.shutdown()

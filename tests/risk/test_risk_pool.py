@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from edgepriv.risk.config import AuditSection
 from edgepriv.risk.pool import ProcessPool, WorkerDiedError
+from edgepriv.risk.ray_pool import files_of, unpacked
+from edgepriv.risk.worker import AuditTask
 
 pytestmark = pytest.mark.timeout(200)
 
@@ -91,3 +94,13 @@ def test_workers_leave_the_signals_of_a_terminal_to_their_service(pool):
     asked = pool.submit(signal.getsignal, signal.SIGTERM), pool.submit(signal.getsignal, signal.SIGINT)
     assert [one.result(60) for one in asked] == [signal.SIG_IGN, signal.SIG_IGN]
     assert pool.submit(os.getpgrp).result(60) != os.getpgrp()
+
+
+def test_a_task_carries_the_files_that_it_names(tmp_path):
+    file = tmp_path / "model.onnx"
+    file.write_bytes(b"the bytes")
+    task = AuditTask(file, AuditSection("digits"), (), "gate")
+    carried = files_of(task)
+    file.unlink()
+    assert unpacked(lambda one: (one.model.read_bytes(), one.name), (task,), {}, carried) == (b"the bytes", "gate")
+    assert unpacked(len, ("four",), {}, files_of("four")) == 4

@@ -34,7 +34,7 @@ from edgepriv.risk.config import (
     RiskSection,
     load_config,
 )
-from edgepriv.risk.drift import DriftWatch, stability_index
+from edgepriv.risk.drift import Audited, DriftWatch, stability_index
 from edgepriv.risk.jobs import LONGEST_WAIT_S, MAX_DEATHS, MAX_INTERRUPTED, JobQueue
 from edgepriv.risk.pages import answer
 from edgepriv.risk.pool import WorkerDiedError
@@ -71,7 +71,7 @@ class Offering:
 
     def __init__(self, models, *, windows=None):
         self.models, self.windows, self.verdicts, self.down = dict(models), windows, {}, False
-        self.lie, self.refused, self.no_verdicts = None, (), False
+        self.lie, self.refused, self.no_verdicts, self.by_digest = None, (), False, None
 
     def query(self, what, **args):
         if self.down:
@@ -100,7 +100,7 @@ class Offering:
             return {"accepted": True}
         if self.windows is None:
             raise EdgeprivError("the gateway refuses: a risk cannot ask for 'windows'")
-        return {"windows": self.windows}
+        return {"windows": self.windows} | ({} if self.by_digest is None else {"models": self.by_digest})
 
     def fetch_object(self, ref, size, *, max_bytes):
         name, raw = next((n, r) for n, r in self.models.items() if hashlib.sha256(r).digest()[:16] == ref)
@@ -471,6 +471,65 @@ def test_outputs_that_leave_the_audited_behaviour_raise_an_alert_once(make, file
     assert b"edgepriv_risk_drift_alerts_total 1.0" in answer(service, "/metrics")[2]
     gateway.windows = [{"device": 1}]
     run(service, 1)
+
+
+def test_two_versions_under_one_name_are_judged_by_their_digests_and_seen_everywhere(make, files, tmp_path):
+    gateway = Offering({"gate": files["honest"]}, windows=[])
+    service = make(gateway)
+    run(service)
+    gateway.models = {"gate": files["vicious"]}
+    run(service)
+    assert {job.name for job in service.jobs.listed()} == {"gate"}
+    good, bad = (hashlib.sha256(files[name]).digest() for name in ("honest", "vicious"))
+    like = [{"digest": good, "class": label, "count": 50} for label in range(10)]
+    unlike = [{"digest": bad, "class": label, "count": 900 if label == 3 else 1} for label in range(10)]
+    gateway.by_digest = [*like, *unlike, {"digest": "x"}, 7]
+    run(service, 5)
+    assert list(service.alerts) == [bad.hex()]
+    assert b"edgepriv_risk_drift_alerts_total 1.0" in answer(service, "/metrics")[2]
+    told = {row["digest"]: row["drift"] for row in json.loads(answer(service, "/reports")[2])}
+    assert (told[good.hex()]["alert"], told[bad.hex()]["alert"]) == (False, True)
+    page = answer(service, "/")[2].decode()
+    assert page.count("what devices release is not what was audited") == 1
+    service.close()
+    listed = CliRunner().invoke(risk, ["list", "--config", str(config_file(tmp_path))])
+    assert listed.output.count("drift: index") == 1
+    assert next(line for line in listed.output.splitlines() if "drift" in line).startswith(bad.hex()[:12])
+
+
+def test_a_gateway_that_tells_names_only_raises_one_alert_for_a_name_and_it_does_not_flap():
+    watch = DriftWatch(min_outputs=100, threshold=0.25)
+    versions = [Audited(b"1" * 32, "gate", [100, 100, 1]), Audited(b"2" * 32, "gate", [1, 100, 100])]
+
+    def seen(*counts):
+        watch.take([{"device": "d", "model": "gate", "class": i, "start": 0, "count": n} for i, n in enumerate(counts)])
+        return watch.look(versions)
+
+    assert [one.alert for one in seen(100, 100, 1)] == [False]  # as the older version
+    assert [one.alert for one in seen(1, 100, 100)] == [False]  # as the newer one
+    assert [one.alert for one in seen(100, 1, 100)] == [True]
+    assert set(watch.alerts) == {"gate"}
+    barely = 260
+    assert 0.2 < stability_index([100, 100, 1], {0: barely, 1: 100, 2: 1}) < 0.25
+    assert [one.alert for one in seen(barely, 100, 1)] == [True]  # below the threshold, above four fifths of it
+    assert not [one for one in seen(100, 100, 1) if one.alert]
+    assert not [one for one in seen(barely, 100, 1) if one.alert]
+
+
+def test_windows_that_were_refused_are_asked_for_again(make, files):
+    now = [1_000_000.0]
+    gateway = Offering({"honest": files["honest"]})
+    service = make(gateway, clock=lambda: now[0], pool=InThread(says=concluded))
+    run(service)
+    gateway.windows = []
+    asked = []
+    query = gateway.query
+    gateway.query = lambda what, **args: (asked.append(what), query(what, **args))[1]
+    run(service, 3)
+    assert "windows" not in asked
+    now[0] += 601
+    run(service, 1)
+    assert "windows" in asked
 
 
 def test_the_stability_index_is_zero_for_equal_shares_and_large_for_unseen_classes():
