@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 GATEWAY, RISK, RECIPIENT = "gateway-site", "risk-site", "op-site"
-POLICY = "argmax"
+POLICY, MAX_BITS, SCENE_BITS = "argmax", 16.0, 256.0
 DAY_S = 86_400
 MIN_COHORT = 3
 
@@ -103,7 +103,9 @@ def write_device(
     text += table("broker", url=broker)
     text += table("model", path=str(model), threads=1)
     text += table("source", kind="simulated", data=data, rows=rows, seed=seed)
-    text += table("release", policy=POLICY)
+    # the demo takes its pictures as fast as it can, so all of them may fall into the window of one scene
+    budget = max(SCENE_BITS, MAX_BITS * frames)
+    text += table("release", policy=POLICY, max_bits_per_inference=MAX_BITS, bits_per_scene=budget)
     # a run with few frames still trains, on what there is
     text += table("rounds", min_cohort=MIN_COHORT, require_masks=masked, min_samples=min(8, frames))
     text += table("run", frames=frames, linger_s=100_000.0, status_s=2.0)

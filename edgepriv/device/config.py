@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path  # noqa: TC003 - the settings reader resolves the annotations
 from typing import Any
@@ -40,8 +41,10 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True)
 class ReleaseConfig:
-    """``[release]``: what may leave. ``bits_per_scene`` 0 means no budget.
+    """``[release]``: what may leave. ``bits_per_scene`` and ``max_bits_per_inference`` 0 mean no budget and no limit.
 
+    A budget is what may ever be said about one scene, so a camera that looks at one unchanging scene falls silent when
+    it is spent: therefore none is set unasked, and a start without one says so in the log.
     ``indicator``: the risk service's reference file; outputs that look unlike an honest model's are counted, and with
     ``refuse_suspicious`` they do not leave. ``purifier``: a file of ``edgepriv harden``; outputs are pulled towards
     their class's mean before the policy.
@@ -50,6 +53,7 @@ class ReleaseConfig:
     policy: str = "argmax"
     bits_per_scene: float = 0.0
     scene_window_s: float = 2.0
+    max_bits_per_inference: float = 0.0
     indicator: Path | None = None
     refuse_suspicious: bool = False
     purifier: Path | None = None
@@ -138,4 +142,8 @@ class DeviceConfig:
 
 def load_config(path: Path) -> DeviceConfig:
     """Read and check a device configuration (ConfigError, MissingFileError)."""
-    return load_settings(DeviceConfig, path)
+    config = load_settings(DeviceConfig, path)
+    limits = config.release.bits_per_scene, config.release.max_bits_per_inference, config.release.scene_window_s
+    if not all(math.isfinite(limit) and limit >= 0 for limit in limits):
+        raise ConfigError(f"{path}: [release] bits_per_scene, max_bits_per_inference, scene_window_s: none below 0")
+    return config

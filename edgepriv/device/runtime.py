@@ -166,12 +166,15 @@ class DeviceRuntime:
         return frame
 
     def _judge(self, frame: Frame) -> Released | None:
-        """Infer and release; None when the bit budget of the scene is spent (then nothing leaves)."""
+        """Infer and release; None where the limit of an inference or the scene's budget is passed (nothing leaves)."""
         inference = self.stages.inferer(frame)
         if self._looks_vicious(inference) and self.config.release.refuse_suspicious:
             return None
         policy, inference = self._with_head(inference)
         released = release(policy, inference)
+        if 0 < self.config.release.max_bits_per_inference < released.bits - 1e-9:
+            self.counters["refused_bits"] += 1
+            return None
         if self.stages.ledger is not None and not self.stages.ledger.allow(frame, released.bits):
             self.counters["refused_budget"] += 1
             return None

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from functools import partial
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from edgepriv import keys, mqtt
 from edgepriv.device import protected
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from edgepriv.mqtt import Link
     from edgepriv.wire.trust import TrustList
 
+log = logging.getLogger(__name__)
 MAX_MODEL_BYTES = 512 << 20
 
 
@@ -83,9 +87,10 @@ def assemble(
     policy = open_policy(config.release)
     keeper = None
     if inferer is None:
-        keeper = ModelKeeper(config, identity, trust.current, partial(_check_task, policy), monotonic=monotonic)
+        accept = partial(_check_release, policy, config.release)
+        keeper = ModelKeeper(config, identity, trust.current, accept, monotonic=monotonic)
         inferer = keeper.inferer
-    _check_task(policy, inferer)
+    _check_release(policy, config.release, inferer)
     source = open_source(str(config.source.get("kind", "")), _options(config.source), folder=folder, clock=clock)
     max_bytes = int(config.spool.max_mb * 1e6)
     spool = Spool(state / "spool", max_bytes=max_bytes, max_rows=config.spool.max_rows, drop=config.spool.drop)
@@ -136,11 +141,33 @@ def open_policy(config: ReleaseConfig) -> ReleasePolicy:
     return policy if config.purifier is None else PurifiedPolicy(policy, OutputPurifier.load(config.purifier))
 
 
-def _check_task(policy: ReleasePolicy, inferer: Inferer) -> None:
+def _check_release(policy: ReleasePolicy, config: ReleaseConfig, inferer: Inferer) -> None:
+    """Whether a model fits the policy, and the policy's bound on one of its inferences the configured limits."""
     if policy.task != inferer.spec.task:
         raise ConfigError(
             f"release policy {policy.name!r} is for {policy.task}, but model {inferer.spec.id} does {inferer.spec.task}"
         )
+    limits = {name: getattr(config, name) for name in ("max_bits_per_inference", "bits_per_scene")}
+    if not any(limits.values()):
+        return
+    bits = policy.bits(_released_size(inferer))
+    for name, limit in limits.items():
+        if 0 < limit < bits - 1e-9:
+            raise ConfigError(
+                f"{policy.name} of model {inferer.spec.id} releases up to {bits:.1f} bits an inference,"
+                f" [release] {name} is {limit:g}",
+                hint="choose a policy that says less, or raise the limit",
+            )
+
+
+def _released_size(inferer: Inferer) -> int:
+    """What a policy's bits are counted from: a detector's labels, else the number of values of the model's output."""
+    spec = inferer.spec
+    if spec.task == "detect":
+        return len(spec.labels)
+    channels = 1 if spec.colour == "gray" else 3
+    size = (channels, spec.height, spec.width) if spec.layout == "NCHW" else (spec.height, spec.width, channels)
+    return max(1, inferer.run(np.zeros((1, *size), np.float32))[0].size)
 
 
 def _model_updates(
@@ -211,6 +238,7 @@ def _options(source: dict[str, Any]) -> dict[str, Any]:
 
 def _ledger(config: DeviceConfig, state: Path) -> SceneLedger | None:
     if config.release.bits_per_scene <= 0:
+        log.warning("no [release] bits_per_scene: what is said of one scene adds up without a bound")
         return None
     from edgepriv.device.ledger import SceneLedger
 

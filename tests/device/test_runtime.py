@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgepriv.device.config import ReleaseConfig, RunConfig, SealConfig, SpoolConfig
-from edgepriv.errors import StorageFullError, TrustError
+from edgepriv.device.release import parse_policy
+from edgepriv.errors import ConfigError, StorageFullError, TrustError
 from edgepriv.mqtt import Inbound
 from edgepriv.wire import messages, topics
 from edgepriv.wire.messages import Ack, Grant
@@ -197,6 +198,35 @@ def test_epochs_end_by_count_and_by_time(world):
     other = world.device("dev-cam2", seal=SealConfig(epoch_s=100.0), run=RunConfig(frames=3, interval_s=60.0))
     world.run(seconds=5)
     assert other.counters["epochs"] == 2
+
+
+@pytest.mark.parametrize(
+    ("release", "words"),
+    [
+        ({"policy": "unsafe_raw_logits", "max_bits_per_inference": 32.0}, "up to 96.0 bits an inference.* is 32"),
+        ({"policy": "softmax:2", "max_bits_per_inference": 12.0}, "softmax:2 of model tiny releases up to 12.3 bits"),
+        ({"bits_per_scene": 1.5}, "bits_per_scene is 1.5"),
+    ],
+)
+def test_a_policy_that_may_say_more_than_the_limit_does_not_start(world, release, words):
+    with pytest.raises(ConfigError, match=words):
+        world.device(release=ReleaseConfig(**release))
+
+
+def test_a_policy_within_the_limit_starts_and_a_missing_budget_is_said(world, caplog):
+    device = world.device(release=ReleaseConfig(max_bits_per_inference=1.6, bits_per_scene=1.6))
+    assert device.stages.ledger is not None
+    assert "without a bound" not in caplog.text
+    world.device("dev-cam2", release=ReleaseConfig())
+    assert "no [release] bits_per_scene" in caplog.text
+
+
+def test_an_inference_that_says_more_than_the_limit_is_not_released_even_where_the_start_did_not_see_it(world):
+    device = world.device(release=ReleaseConfig(policy="softmax:1", max_bits_per_inference=8.0))
+    device.stages.policy = parse_policy("unsafe_raw_logits")
+    world.run()
+    assert device.counters["refused_bits"] > 0
+    assert device.counters["accepted"] == 0
 
 
 def test_a_bit_budget_stops_releases_and_not_the_device(world):
