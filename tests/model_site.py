@@ -15,7 +15,7 @@ from edgepriv.device.packing import Golden, Limits, pack
 from edgepriv.device.shipments import permission_name
 from edgepriv.device.verdicts import Release
 from edgepriv.keys import Identity
-from edgepriv.selective_encryption import carrier, manifest, protection
+from edgepriv.selective_encryption import carrier, levels, manifest, protection
 from edgepriv.selective_encryption import delivery as metadata
 from edgepriv.selective_encryption.select.scores import random_scores
 from edgepriv.wire import cbor, delivery
@@ -56,10 +56,10 @@ def tiny_model(batch="n"):
 class Maker:
     """The owner's side: versions of one model, permissions, verdicts, deliveries."""
 
-    def __init__(self, issuer=None, risk=None, *, now=NOW, external=False):
+    def __init__(self, issuer=None, risk=None, *, now=NOW, external=False, levels=1):
         self.issuer = issuer or Identity.new("owner", "maker")
         self.risk = risk or Identity.new("risk", "judge")
-        self.now, self.external, self.plain = now, external, tiny_model()
+        self.now, self.external, self.levels, self.plain = now, external, levels, tiny_model()
         self.inputs = np.random.default_rng(1).normal(size=(6, 3, 8, 8)).astype(np.float32)
         session = ort.InferenceSession(self.plain.SerializeToString())
         self.labels = session.run(None, {"x": self.inputs})[0].argmax(1)
@@ -73,7 +73,8 @@ class Maker:
                 self.plain, layers, random_scores(layers, 0), 0.6, secret=b"s" * 32, model_id=MODEL_ID,
                 external=self.external,
             )  # fmt: skip
-            plans = [protection.LevelPlan(None, None, made.choice.units)]
+            shares = range(1, self.levels + 1)
+            plans = [protection.LevelPlan(None, None, made.choice.units * n // self.levels) for n in shares]
             options = {"model_id": MODEL_ID, "version": version, "mode": "levels", "name": "eye", "about": {}}
             self.bundles[version] = protection.finish(made, plans, self.issuer, now_s=self.now + version, **options)
         return self.bundles[version]
@@ -108,13 +109,15 @@ class Maker:
         verdicts = {} if statement is None else {"verdict.cbor": statement}
         return pack(files, golden, limits or Limits(min_accuracy=0.9), issuer or self.issuer, verdicts=verdicts)
 
-    def permission(self, version, device, *, lasts=LASTS_S):
-        """A permission for a device's keys."""
-        key = (version, device.public.x25519, lasts)
+    def permission(self, version, device, *, lasts=LASTS_S, level=None):
+        """A permission for a device's keys, for the highest level unless told otherwise."""
+        level = level or self.levels
+        key = (version, device.public.x25519, lasts, level)
         if key not in self.permissions:
             bundle = self.bundle(version)
+            opens = levels.key_at(bundle.key, MODEL_ID, self.levels, level)
             self.permissions[key] = manifest.grant(
-                bundle.decoded.binding, 1, bundle.key, device.public, self.issuer,
+                bundle.decoded.binding, level, opens, device.public, self.issuer,
                 now_s=self.now, expires_s=self.now + lasts,
             )  # fmt: skip
         return self.permissions[key]
@@ -164,18 +167,18 @@ class Repository:
     def __init__(self, maker, folder: Path):
         self.maker, self.folder = maker, folder
 
-    def ship(self, version, *devices, **options):
+    def ship(self, version, *devices, name="eye.delivery", age=dt.timedelta(0), **options):
         """Publish a version and write its shipment with permissions for devices; returns the file."""
         source = self.folder / "new.delivery"
         self.folder.mkdir(exist_ok=True)
         source.write_bytes(self.maker.delivery(version, **options))
         metadata.publish(
-            self.folder / "repository", source, "eye.delivery", self.maker.issuer, self.folder / "tuf.json",
-            now=dt.datetime.now(dt.timezone.utc), custom={"version": version},
+            self.folder / "repository", source, name, self.maker.issuer, self.folder / "tuf.json",
+            now=dt.datetime.now(dt.timezone.utc) - age, custom={"version": version},
         )  # fmt: skip
         files = {permission_name(d.public.x25519): self.maker.permission(version, d) for d in devices}
         path = self.folder / f"eye-{len(list(self.folder.iterdir()))}.shipment"
         with path.open("wb") as stream:
-            shipped = metadata.shipped_files(self.folder / "repository", "eye.delivery")
+            shipped = metadata.shipped_files(self.folder / "repository", name)
             delivery.write(stream, delivery.SHIPMENT, {**files, **shipped})
         return path

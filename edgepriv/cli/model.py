@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,14 +167,13 @@ def _ship(path: Path, repository: dict[str, Path], permissions: dict[str, bytes]
 @AS_JSON
 def pull(config: Path, repository: Path, name: str, permission: Path | None, confirm_now: bool, as_json: bool) -> None:
     """Verify the metadata, stage, check, self-test and switch; on any failure the running model stays."""
-    from edgepriv.device import protected, shipments
+    from edgepriv.device import shipments
     from edgepriv.selective_encryption import delivery
 
     store, owner = _store(config)
     raw = _read(permission, "permission") if permission is not None else None
     path, _ = delivery.pull(repository, name + shipments.SUFFIX, owner, store.folder / "tuf")
-    store.recover()
-    measured = store.install(path, raw, protected.runner, clock=time.perf_counter, rss=protected.resident_bytes)
+    measured = shipments.install_file(path, store, raw, name)
     if confirm_now:
         store.confirm()
     _show(shipments.outcome(store, None, measured), as_json=as_json)
@@ -185,15 +183,18 @@ def pull(config: Path, repository: Path, name: str, permission: Path | None, con
 @CONFIG
 @click.argument("shipment", type=click.Path(path_type=Path))
 @click.option("--permission", type=click.Path(path_type=Path), help="Used where the shipment has none for this device.")
+@click.option("--name", default="", help="Refuse a shipment of any other model; default: [model] follow, if it is set.")
 @AS_JSON
-def install(config: Path, shipment: Path, permission: Path | None, as_json: bool) -> None:
+def install(config: Path, shipment: Path, permission: Path | None, name: str, as_json: bool) -> None:
     """Install SHIPMENT, which `publish --shipment` wrote, as the runtime does; `confirm` ends the trial."""
     from edgepriv.device import shipments
+    from edgepriv.device.config import load_config
 
     store, owner = _store(config)
+    name = name or load_config(config).model.follow
     try:
         raw = _read(permission, "permission") if permission is not None else None
-        measured = shipments.install_shipment(shipment, store, owner, raw)
+        measured = shipments.install_shipment(shipment, store, owner, raw, model=name)
     except EdgeprivError as error:
         if as_json:
             _show(shipments.outcome(store, error, None), as_json=True)
@@ -227,7 +228,7 @@ def confirm(config: Path) -> None:
 @CONFIG
 @click.option("--reason", required=True, help="Stored and reported.")
 def rollback(config: Path, reason: str) -> None:
-    """Return to the last good model."""
+    """Return to the last good model; refused where there is none that may run, and the running one stays."""
     store, _ = _store(config)
     store.roll_back(reason)
     click.echo(_text(store.report()))
@@ -235,6 +236,8 @@ def rollback(config: Path, reason: str) -> None:
 
 def _store(path: Path) -> tuple[ModelStore, bytes]:
     """The model store of a device's configuration, and the pinned owner key."""
+    import time
+
     from edgepriv.device import protected
     from edgepriv.device.config import load_config
     from edgepriv.keys import load_identity, load_public

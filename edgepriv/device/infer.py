@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 TASKS = ("classify", "detect", "regress")
 EMPTY = np.zeros(0, np.float32)
+FLOATS: dict[str, Any] = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +126,9 @@ class Inferer:
         self._resize: Resizer | None = None
         self._session = self._open(model, threads, optimise)
         inputs, outputs = self._session.get_inputs(), [o.name for o in self._session.get_outputs()]
-        self._input = spec.input or inputs[0].name
-        if self._input not in {i.name for i in inputs}:
-            raise ConfigError(f"model {spec.id} has no input {self._input!r}", hint=f"it has {inputs[0].name!r}")
+        self._input: Any = next((one for one in inputs if one.name == (spec.input or inputs[0].name)), None)
+        if self._input is None:
+            raise ConfigError(f"model {spec.id} has no input {spec.input!r}", hint=f"it has {inputs[0].name!r}")
         self._outputs = self._wanted(outputs)
 
     @classmethod
@@ -191,7 +192,9 @@ class Inferer:
         shape = (
             (1, channels, spec.height, spec.width) if spec.layout == "NCHW" else (1, spec.height, spec.width, channels)
         )
-        session.run(None, {spec.input or session.get_inputs()[0].name: np.zeros(shape, np.float32)})
+        inputs = session.get_inputs()
+        wanted = next((one for one in inputs if one.name == spec.input), inputs[0])
+        session.run(None, {spec.input or wanted.name: as_taken(wanted, np.zeros(shape, np.float32))})
 
     def prepare(self, frame: Frame) -> NDArray[np.float32]:
         """Crop, resize, colour and scale: the model's input of one frame, float32 with a batch axis."""
@@ -210,7 +213,7 @@ class Inferer:
 
     def __call__(self, frame: Frame) -> Inference:
         """Run the model on one frame."""
-        results = self._session.run(self._outputs, {self._input: self.prepare(frame)})
+        results = self._run(self.prepare(frame))
         if self.spec.task == "detect":
             return self._detections(frame, *results)
         logits = np.asarray(results[0], np.float32).reshape(-1)
@@ -219,7 +222,12 @@ class Inferer:
 
     def run(self, inputs: NDArray[np.float32]) -> list[NDArray[np.float32]]:
         """Outputs for inputs that are prepared already, with a batch axis: logits, then features where named."""
-        return [np.asarray(out) for out in self._session.run(self._outputs, {self._input: inputs})]
+        outputs = [np.asarray(out) for out in self._run(inputs)]
+        return [out.astype(np.float32, copy=False) if out.dtype.kind == "f" else out for out in outputs]
+
+    def _run(self, inputs: NDArray[np.float32]) -> list[Any]:
+        results: list[Any] = self._session.run(self._outputs, {self._input.name: as_taken(self._input, inputs)})
+        return results
 
     def _detections(self, frame: Frame, boxes: Any, scores: Any, classes: Any) -> Inference:
         if not all(np.isfinite(np.asarray(part, np.float64)).all() for part in (boxes, scores, classes)):
@@ -232,6 +240,12 @@ class Inferer:
         if len(kinds) and not 0 <= kinds.min() <= kinds.max() < labels:
             raise DataError(f"the model found a class outside its {labels} labels", hint="complete model.toml's labels")
         return Inference(frame, EMPTY, boxes=found, box_scores=scores[keep], box_classes=kinds, box_labels=labels)
+
+
+def as_taken(wanted: Any, inputs: NDArray[Any]) -> NDArray[Any]:
+    """Inputs in the floating-point type that a session's input ``wanted`` takes; others are left to the session."""
+    kind = FLOATS.get(wanted.type)
+    return inputs if kind is None else inputs.astype(kind, copy=False)
 
 
 def _per_channel(values: tuple[float, ...], channels: int, name: str) -> NDArray[np.float32]:

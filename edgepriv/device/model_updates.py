@@ -2,7 +2,9 @@
 
 The device asks which models it is offered, fetches the newest one of the followed id by its digest, has it installed by
 a one-shot process (`edgepriv model install`: metadata, signatures, verdict, self-test, switch), opens it, and tells the
-gateway how that went until the gateway has said that it knows. What was tried once is not tried again.
+gateway how that went until the gateway has said that it knows. What was refused is not tried again; what failed for a
+reason that may pass (no room, a clock that made the metadata expire, a process that was killed) is tried again, later
+each time and `MAX_TRIES` times at most, and only then reported as refused.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ log = logging.getLogger(__name__)
 RESEND_S = 30.0
 MAX_KEPT = 32
 INSTALL_S = 3600.0
+RETRY_S, MAX_RETRY_S, MAX_TRIES = 60.0, 6 * 3600.0, 12
 
 
 class Installer(Protocol):
@@ -41,12 +44,15 @@ class Installer(Protocol):
         ...
 
     def poll(self) -> dict[str, Any] | None:
-        """The report when it is done: ``installed``, ``reason``, ``digest``."""
+        """The report when it is done: ``installed``, ``reason``, ``again`` (it may pass), ``attempt``."""
         ...
 
 
 class ProcessInstaller:
-    """`edgepriv model install` as a child: its memory and libraries are gone when it ends."""
+    """`edgepriv model install` as a child, which refuses any model but the one that ``config`` follows.
+
+    Its memory and libraries are gone when it ends.
+    """
 
     def __init__(self, config: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._config, self._clock = config, clock
@@ -73,19 +79,28 @@ class ProcessInstaller:
         try:
             report: dict[str, Any] = json.loads(text)
         except ValueError:
-            report = {"installed": False, "reason": f"the installation ended with code {child.returncode}"}
+            reason = f"the installation ended with code {child.returncode}"
+            report = {"installed": False, "reason": reason, "again": True}
         return report
 
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """One delivery that was tried: the gateway's digest, the store's name of it, how it went, whether it was told."""
+    """One delivery that was tried: the gateway's digest, the store's name of the attempt (delivery and permission),
+    how it went, whether it was told, and how often it failed for a reason that may pass.
+    """
 
     object: str
     delivery: str = ""
     good: bool | None = None
     reason: str = ""
     told: bool = False
+    tries: int = 0
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is to be tried again."""
+        return self.good is None and not self.delivery
 
 
 class ModelUpdates:
@@ -105,7 +120,8 @@ class ModelUpdates:
         self.installer, self._every_s = installer, every_s
         self._path = store().folder / "tried.json"
         self._tried = self._read()
-        self._asked, self._question = -1e18, b""
+        self._asked, self._question, self._now = -1e18, b"", 0.0
+        self._later: dict[str, float] = {}
         self._wanted: tuple[bytes, int] | None = None
         self._installing: str = ""
         self._told_at, self._telling = -1e18, (b"", "")
@@ -128,20 +144,24 @@ class ModelUpdates:
 
     def settle(self) -> None:
         """Learn from the store how an installed delivery did: confirmed, or rolled back and why."""
-        state = self._store().state
-        for one in list(self._tried.values()):
-            if not one.delivery:
-                continue
-            bad = [reason for name, reason in state.refused.items() if name.startswith(one.delivery)]
-            if bad and one.good is not False:
-                self._note(replace(one, good=False, reason=bad[-1], told=False))
-            elif not bad and one.good is None and state.current == one.delivery and not state.trial:
-                self._note(replace(one, good=True))
+        store = self._store()
+        state, running = store.state, store.current
+        for one in [one for one in self._tried.values() if one.delivery]:
+            reason = state.refused.get(one.delivery, "")
+            here = one.delivery in {running.attempt, running.name}
+            if ":" not in one.delivery and not here:  # noted by an older edgepriv, without the permission
+                same = [why for name, why in state.refused.items() if name.partition(":")[0] == one.delivery]
+                reason = "".join(same[-1:])
+            if reason and one.good is not False:
+                self._note(replace(one, good=False, reason=reason, told=False))
+            elif not reason and one.good is not True and here and not state.trial:
+                self._note(replace(one, good=True, reason="", told=False))
 
     # --- steps --------------------------------------------------------------------------------------------
 
     def step(self, now: float) -> bool:
         """Ask, fetch, install, tell; True when another model was installed and is to be opened."""
+        self._now = now
         self._ask(now)
         self._tell(now)
         if self._installing:
@@ -155,7 +175,7 @@ class ModelUpdates:
         return False
 
     def _ask(self, now: float) -> None:
-        if now - self._asked >= self._every_s and not self._installing and self._wanted is None:
+        if now - self._asked >= self._every_s and not self._installing:
             question = Query(primitives.random_bytes(8), "models", {})
             if self._send(question):
                 self._asked, self._question = now, question.id
@@ -165,14 +185,21 @@ class ModelUpdates:
         if report is None:
             return False
         name, self._installing = self._installing, ""
+        installed, reason = report.get("installed") is True, str(report.get("reason", "no reason given"))
+        tries = self._tried.get(name, Tried(name)).tries + 1
+        if not installed and report.get("again") is True and tries < MAX_TRIES:
+            pause = min(RETRY_S * 2 ** (tries - 1), MAX_RETRY_S)
+            log.warning("the delivery %s is tried again in %.0f s: %s", name[:12], pause, reason)
+            self._later[name] = self._now + pause
+            self._note(Tried(name, reason=reason, tries=tries))
+            return False  # and its file stays
         self._fetcher.discard(bytes.fromhex(name))
-        if report.get("installed") is True:
-            self._note(Tried(name, str(report.get("digest", ""))))
-            return True
-        reason = str(report.get("reason", "no reason given"))
-        log.error("the delivery %s was refused: %s", name[:12], reason)
-        self._note(Tried(name, good=False, reason=reason))
-        return False
+        if installed:
+            self._note(Tried(name, str(report.get("attempt", ""))))
+        else:
+            log.error("the delivery %s was refused: %s", name[:12], reason)
+            self._note(Tried(name, good=False, reason=reason))
+        return installed
 
     def _tell(self, now: float) -> None:
         """Report what the gateway has not acknowledged, one at a time."""
@@ -199,15 +226,32 @@ class ModelUpdates:
         models = reply.body.get("models") if reply.ok and isinstance(reply.body, dict) else None
         if not isinstance(models, list):
             raise WireError("the gateway's list of models is malformed")
+        newest = self._newest(models)
+        if self._installing:
+            return
+        for one in [one for one in self._tried.values() if one.waits]:
+            if newest is None or one.object != newest[0].hex():
+                del self._tried[one.object]
+                self._fetcher.discard(bytes.fromhex(one.object))
+        if self._wanted is not None and self._wanted != newest:
+            self._fetcher.drop(self._wanted[0])
+        self._wanted = newest if newest is not None and self._due(newest[0].hex()) else None
+
+    def _newest(self, models: list[Any]) -> tuple[bytes, int] | None:
+        """Digest and size of the newest delivery of the followed model; no other one counts."""
         for model in reversed(models):
             match model:
                 case {"id": str() as name, "digest": bytes() as digest, "size": int() as size}:
                     if name == self._follow and len(digest) == 32:
-                        if digest.hex() not in self._tried and 0 < size <= MAX_DELIVERY_BYTES:
-                            self._wanted = (digest, size)
-                        return  # only the newest one counts
+                        return (digest, size) if 0 < size <= MAX_DELIVERY_BYTES else None
                 case _:
                     raise WireError("the gateway's list of models is malformed")
+        return None
+
+    def _due(self, name: str) -> bool:
+        """Whether a delivery is to be tried now."""
+        one = self._tried.get(name)
+        return one is None or (one.waits and self._now >= self._later.get(name, -1e18))
 
     @property
     def counters(self) -> dict[str, int]:

@@ -3,47 +3,60 @@
 State machine, one small file (``state.json``) that is replaced atomically; everything else is immutable folders:
 
 * ``current`` is what runs; ``last_good`` stays pinned on the disk as long as it is allowed (``min_version``, revoked).
-* ``stage`` unpacks a bundle beside them; ``verify`` checks signatures, version, permission and the verdict against
-  the exact bytes that will run; ``self_test`` runs golden inputs (accuracy, latency, memory); ``switch`` makes it
-  current *on trial*; ``confirm`` ends the trial and only then raises ``min_version``.
-* A failure at any point leaves ``current`` as it was, stores the reason and reports it; the same bundle is not tried
-  again. A cut of power leaves one of the states above: `recover` rolls an unconfirmed trial back after two attempts.
+* What is tried is a `Candidate`: a delivery as one permission opens it. ``stage`` unpacks the delivery beside what
+  runs and keeps the permission in memory; ``verify`` checks signatures, version, permission and the verdict against
+  the exact bytes that will run; ``self_test`` runs golden inputs (accuracy, latency, memory); ``switch`` writes the
+  permission under its own name and makes it current *on trial*; ``confirm`` ends the trial and only then raises
+  ``min_version``. A renewed permission that opens the same bytes of a confirmed model has nothing to try.
+* A failure at any point leaves ``current`` and its trial as they were, stores the reason and reports it; the same
+  candidate is not tried again, unless what stopped it may pass (`PASSING`).
+* A cut of power leaves one of the states above: `recover`, which the runtime calls at each start, rolls an unconfirmed
+  trial back after two attempts. A trial that nothing can replace goes on; only revocation leaves no model.
 * Health is local golden inference, never connectivity: a bad network must not roll a good model back.
 
-What a delivery holds: `packing`.
+What a delivery holds: `packing`. The state, its file and the locks between runtime and installer: `model_state`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import contextlib
 import shutil
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from edgepriv import files
 from edgepriv.device import packing
+from edgepriv.device.golden_test import judge, measure
 from edgepriv.device.infer import load_spec
+from edgepriv.device.model_state import Candidate, State, StateFile
 from edgepriv.device.verdicts import check_verdict, verdict_path
-from edgepriv.errors import DataError, EdgeprivError, MissingFileError, RefusedError, TrustError
+from edgepriv.errors import (
+    DataError,
+    EdgeprivError,
+    MissingDependencyError,
+    MissingFileError,
+    RefusedError,
+    StorageFullError,
+    TemporaryError,
+    TrustError,
+)
 from edgepriv.selective_encryption import bundle_files, manifest
 from edgepriv.selective_encryption.restore import open_level
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Iterator
     from pathlib import Path
 
+    from edgepriv.device.golden_test import Infer, Measured
     from edgepriv.device.verdicts import Release
     from edgepriv.keys import Identity
     from edgepriv.selective_encryption.restore import Restored
 
-    Runner = Callable[[Restored], Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]]
+    Runner = Callable[[Restored], Infer]
 
 PERMISSION, CARRIER = "permission", "carrier.onnx"
-MAX_REASONS = 32
 MAX_ATTEMPTS = 2
+PASSING = (TemporaryError, StorageFullError, MissingDependencyError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,29 +71,6 @@ class Trust:
     require_verdict: bool = False
     revoked: Collection[str] = ()
     release: Release | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """The whole durable state."""
-
-    current: str = ""
-    last_good: str = ""
-    trial: str = ""
-    attempts: int = 0
-    min_version: dict[str, int] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
-    floor_s: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """One self-test. ``quality`` is an accuracy (``unit`` empty) or a PSNR (``unit`` dB)."""
-
-    quality: float
-    unit: str
-    latency_s: float
-    rss_bytes: int
 
 
 class ModelStore:
@@ -98,158 +88,235 @@ class ModelStore:
     ) -> None:
         self.folder, self.identity, self.trust, self._log = folder, identity, trust, log
         (folder / "versions").mkdir(parents=True, exist_ok=True, mode=0o700)
-        self.state = self._read()
+        self._file = StateFile(folder)
+        self.state = self._file.read()
 
     # --- durable state ---------------------------------------------------------------------------------------
 
-    def _read(self) -> State:
-        path = self.folder / "state.json"
-        if not path.is_file():
-            return State()
-        try:
-            return State(**json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
-            raise DataError(f"{path} is damaged", hint="remove the folder and fetch the model again") from error
-
-    def _write(self, state: State) -> None:
-        """Replace the state file; after this returns, a cut of power cannot lose it."""
-        files.replace(self.folder / "state.json", json.dumps(asdict(state)).encode())
-        self.state = state
+    def _change(self, change: Callable[[State], State]) -> None:
+        """Change the state as it lies on the disk; ``change`` may raise, and nothing is written then."""
+        with self._file.changing():
+            before = self._file.read()
+            self.state = before
+            after = change(before)
+            if after != before:
+                self._file.write(after)
+            self.state = after
 
     def raise_floor(self, seconds: int) -> None:
         """Note the latest time that a trusted signature stated; it never goes back."""
         if seconds > self.state.floor_s:
-            self._write(replace(self.state, floor_s=seconds))
+            self._change(lambda state: replace(state, floor_s=max(seconds, state.floor_s)))
 
-    def _refuse(self, name: str, reason: str) -> None:
-        """Remember why this delivery under this permission was refused; a new permission may be tried."""
-        refused = self._with_reason(name, reason)
-        self._write(replace(self.state, refused=refused, trial="", attempts=0))
-        self._log(f"model {name[:12]} refused: {reason}")
+    @property
+    def current(self) -> Candidate:
+        """What runs; its name is empty where nothing does."""
+        return self._current(self.state)
 
-    def _with_reason(self, name: str, reason: str) -> dict[str, str]:
-        path = self._place(name) / PERMISSION
-        attempt = _attempt(name, path.read_bytes() if path.is_file() else None)
-        return dict(list({**self.state.refused, attempt: reason}.items())[-MAX_REASONS:])
+    def _current(self, state: State) -> Candidate:
+        return self._kept(state.current, state.permission)
+
+    def _kept(self, name: str, chosen: str) -> Candidate:
+        path = self._permission_path(name, chosen)
+        return Candidate(name, path.read_bytes() if name and path.is_file() else None)
+
+    def _permission_path(self, name: str, chosen: str) -> Path:
+        return self._place(name) / (f"{PERMISSION}-{chosen}" if chosen else PERMISSION)
 
     # --- one delivery, step by step --------------------------------------------------------------------------
 
-    def stage(self, delivery: Path, permission: bytes | None = None) -> str:
-        """Unpack a fetched delivery beside the running model; returns its name (SHA-256 of the file, hex).
+    def stage(self, delivery: Path, permission: bytes | None = None) -> Candidate:
+        """Unpack a fetched delivery beside the running model; without a permission the running one's is taken.
 
         Raises:
             RefusedError: it was refused before.
-            DataError: not a delivery, or the disk has no room for it.
+            StorageFullError: the disk has no room for it.
+            DataError: not a delivery.
         """
         name = packing.file_digest(delivery).hex()
-        attempt = _attempt(name, permission)
-        if attempt in self.state.refused:
-            raise RefusedError(f"this delivery was refused before: {self.state.refused[attempt]}")
-        place = self._place(name)
-        if not place.is_dir():
-            size = delivery.stat().st_size
-            if shutil.disk_usage(self.folder).free < 2 * size:
-                raise DataError(f"no room to stage {size} bytes", hint="free the disk; the running model is untouched")
-            part = place.with_name(place.name + ".part")
-            shutil.rmtree(part, ignore_errors=True)
-            packing.unpack(delivery, part)
-            files.rename(part, place)
-        if permission is not None:
-            files.replace(place / PERMISSION, permission)
-        return name
+        if permission is None and name == self.state.current:
+            permission = self.current.permission
+        candidate = Candidate(name, permission)
+        if candidate.attempt in self.state.refused:
+            raise RefusedError(f"this delivery was refused before: {self.state.refused[candidate.attempt]}")
+        if name not in {self.state.current, self.state.last_good} or not self._whole(name):
+            packing.unpack_over(delivery, self._place(name), keep=f"{PERMISSION}*")
+        return candidate
 
-    def verify(self, name: str) -> None:
-        """Check everything that can be checked without running it.
+    def _whole(self, name: str) -> bool:
+        try:
+            self._check_files(name, self._delivery(name))
+        except EdgeprivError:
+            return False
+        return True
+
+    def _check_files(self, name: str, body: dict[str, Any]) -> None:
+        for file_name, digest in body["files"].items():
+            if packing.file_digest(self._place(name) / file_name) != digest:
+                raise DataError(f"{file_name} is not the file that was signed", hint="fetch the model again")
+
+    def verify(self, candidate: Candidate, model: str = "") -> None:
+        """Check everything that can be checked without running it; ``model``: the only one that is wanted.
 
         Raises:
-            EdgeprivError: the reason; the caller refuses the delivery.
+            EdgeprivError: the reason; the caller refuses the candidate.
         """
+        name = candidate.name
         paper, _ = self._papers(name)
         body = self._delivery(name)
+        if model and paper.name != model:
+            raise TrustError(f"this is the model {paper.name!r}, and {model!r} is followed")
         lowest = self.state.min_version.get(paper.name, 0)
         if paper.binding.version < lowest:
             raise TrustError(f"version {paper.binding.version} is older than {lowest}, which ran here before")
         running = self._version(self.state.current, paper.name)
         if running is not None and paper.binding.version <= running and name != self.state.current:
             raise TrustError(f"version {paper.binding.version} does not follow the running version {running}")
-        if name in self.trust.revoked or paper.binding.carrier.hex() in self.trust.revoked:
+        if self._is_revoked(name):
             raise TrustError("the model is revoked")
-        for file_name, digest in body["files"].items():
-            if packing.file_digest(self._place(name) / file_name) != digest:
-                raise DataError(f"{file_name} is not the file that was signed", hint="fetch the model again")
-        self.open_judged(name).wipe()
+        self._check_files(name, body)
+        self.open_judged(candidate).wipe()
 
-    def self_test(self, name: str, run: Runner, *, clock: Callable[[], float], rss: Callable[[], int]) -> Measured:
+    def self_test(
+        self, candidate: Candidate, run: Runner, *, clock: Callable[[], float], rss: Callable[[], int]
+    ) -> Measured:
         """Run the golden inputs on exactly the bytes that will run; never the network.
 
         Args:
-            name: a verified delivery.
+            candidate: verified.
             run: makes a function ``inputs -> logits`` from a restored model.
             clock: monotonic seconds.
             rss: resident bytes of this process.
 
         Raises:
             RefusedError: too inaccurate, too slow or too large.
+            EdgeprivError: it does not run at all.
         """
-        golden = packing.Golden.decode((self._place(name) / packing.GOLDEN).read_bytes())
-        limits = packing.Limits(**self._delivery(name)["limits"])
-        infer = run(self.open(name))
-        infer(golden.inputs[:1])  # the first inference pays for lazy set-up
-        times, scores = [], []
-        for number, one in enumerate(golden.inputs):
-            began = clock()
-            output = infer(one[None])
-            times.append(clock() - began)
-            scores.append(golden.score(number, output))
-        unit = "" if golden.labelled else "dB"
-        found = Measured(float(np.mean(scores)), unit, float(np.median(times)), rss())
-        _judge(found, limits)
+        golden = packing.Golden.decode((self._place(candidate.name) / packing.GOLDEN).read_bytes())
+        limits = packing.Limits(**self._delivery(candidate.name)["limits"])
+        found = measure(golden, run(self.open(candidate)), clock=clock, rss=rss)
+        judge(found, limits)
         return found
 
-    def switch(self, name: str) -> None:
-        """Make a tested delivery the running one, on trial; one atomic write."""
-        state = self.state
-        last_good = state.current if state.current != name else state.last_good
-        self._write(replace(state, current=name, last_good=last_good, trial=name, attempts=0))
-        self._log(f"model {name[:12]} runs on trial")
+    def switch(self, candidate: Candidate) -> None:
+        """Make a tested candidate the running one, on trial; one atomic write."""
+        if candidate.permission is not None:
+            files.replace(self._permission_path(candidate.name, candidate.chosen), candidate.permission)
 
-    def confirm(self) -> None:
-        """End the trial after a health pass: only now older versions become forbidden."""
-        state = self.state
-        if not state.trial:
-            return
-        paper, _ = self._papers(state.current)
-        lowest = {**state.min_version, paper.name: paper.binding.version}
-        self._write(replace(state, trial="", attempts=0, min_version=lowest))
-        self.raise_floor(paper.issued_s)
-        self._log(f"model {state.current[:12]} is confirmed")
-        self._clean()
+        def change(state: State) -> State:
+            running = self._current(state)
+            if candidate.attempt == running.attempt:
+                return state
+            if not state.trial and self._same_bytes(candidate, running):
+                return replace(state, permission=candidate.chosen)
+            after = replace(
+                state, current=candidate.name, permission=candidate.chosen, trial=candidate.name, attempts=0
+            )
+            if state.trial or not state.current:  # what is unproven is no last good model
+                return after
+            return replace(after, last_good=state.current, good_permission=state.permission)
 
-    def roll_back(self, reason: str) -> str:
-        """Give up the trial: the last good model runs again, if it is still allowed; returns what runs.
+        self._change(change)
+        trial = " on trial" if self.state.trial else " under a new permission"
+        self._log(f"model {candidate.name[:12]} runs{trial}")
+
+    def _same_bytes(self, one: Candidate, other: Candidate) -> bool:
+        """Whether two permissions open the same level of the same delivery."""
+        if one.name != other.name or one.permission is None or other.permission is None:
+            return False
+        try:
+            levels = {manifest.decode_permission(c.permission or b"", self.trust.issuers).level for c in (one, other)}
+        except EdgeprivError:
+            return False
+        return len(levels) == 1
+
+    def confirm(self, opened: Candidate | None = None) -> None:
+        """End the trial after a health pass (of ``opened``): only now older versions become forbidden."""
+
+        def change(state: State) -> State:
+            running = self._current(state)
+            if not state.trial or (opened is not None and opened.attempt != running.attempt):
+                return state
+            paper, _ = self._papers(state.current)
+            lowest = {**state.min_version, paper.name: paper.binding.version}
+            floor = max(state.floor_s, paper.issued_s)
+            after = replace(state, trial="", attempts=0, min_version=lowest, floor_s=floor)
+            return after.accepting(running.attempt)
+
+        before = self.state
+        self._change(change)
+        if self.state != before and not self.state.trial:
+            self._log(f"model {self.state.current[:12]} is confirmed")
+            self._clean()
+
+    def roll_back(self, reason: str, tried: Candidate | None = None) -> str:
+        """Give up what runs (if it still is ``tried``): the last good model runs again; returns what runs.
 
         Raises:
-            RefusedError: nothing is left that may run.
+            RefusedError: nothing else may run. What runs stays, and on trial the reason is kept.
         """
-        bad, good = self.state.current, self.state.last_good
-        refused = self._with_reason(bad, reason)
-        allowed = bool(good) and self._allowed(good)
-        self._write(replace(self.state, current=good if allowed else "", trial="", attempts=0, refused=refused))
-        self._log(f"model {bad[:12]} rolled back: {reason}")
-        if not allowed:
-            raise RefusedError(f"rolled back ({reason}), and no good model is left", hint="fetch a model")
-        return good
+        bad = tried or self.current
+
+        def change(state: State) -> State:
+            if self._current(state).attempt != bad.attempt:
+                return state  # another one was installed meanwhile
+            good = self._kept(state.last_good, state.good_permission)
+            if good.attempt != bad.attempt and self._allowed(good.name) and (state.trial or self._opens(good)):
+                return _returned(state, bad, reason)
+            return state.refusing(bad.attempt, reason) if state.trial else state
+
+        self._change(change)
+        if self.current.attempt == bad.attempt:
+            raise RefusedError(f"{reason}: no good model is left to go back to, so it stays", hint="fetch a model")
+        self._log(f"model {bad.name[:12]} rolled back: {reason}")
+        return self.state.current
+
+    def withdraw(self, reason: str) -> str:
+        """Stop what the owner has revoked: the last good model runs in its place; returns what runs.
+
+        Raises:
+            RefusedError: no good model is left, and none runs.
+        """
+
+        def change(state: State) -> State:
+            bad = self._current(state)
+            if not state.current or not self._is_revoked(state.current):
+                return state
+            if self._allowed(state.last_good):
+                return _returned(state, bad, reason)
+            return replace(state.refusing(bad.attempt, reason), current="", permission="", trial="", attempts=0)
+
+        bad = self.current
+        self._change(change)
+        self._log(f"model {bad.name[:12]} is withdrawn: {reason}")
+        if not self.state.current:
+            raise RefusedError(f"withdrawn ({reason}), and no good model is left", hint="fetch a model")
+        return self.state.current
 
     def recover(self) -> str:
-        """After a start: finish or undo what a cut of power left; returns what runs ("" if nothing)."""
-        for part in (self.folder / "versions").glob("*.part"):
-            shutil.rmtree(part, ignore_errors=True)
-        state = self.state
-        if state.trial and state.attempts >= MAX_ATTEMPTS:
-            return self.roll_back("the device went down twice during the trial")
-        if state.trial:
-            self._write(replace(state, attempts=state.attempts + 1))
+        """At a start of the runtime: finish or undo what a cut of power left; returns what runs ("" if nothing).
+
+        A start that neither confirms nor rolls back a trial was a failed one; it is counted here and nowhere else.
+        """
+        with self._file.alone() as alone:
+            if alone:
+                for part in (self.folder / "versions").glob("*.part"):
+                    shutil.rmtree(part, ignore_errors=True)
+        tried = self.current
+        if self.state.trial and self.state.attempts >= MAX_ATTEMPTS:
+            with contextlib.suppress(RefusedError):  # nothing else may run: it goes on being tried
+                return self.roll_back("the device went down twice during the trial", tried)
+        self._change(lambda state: replace(state, attempts=state.attempts + 1) if state.trial else state)
         return self.state.current
+
+    @contextlib.contextmanager
+    def installing(self) -> Iterator[None]:
+        """For the time of an installation: nobody else unpacks or cleans up here (TemporaryError: somebody does)."""
+        with self._file.alone() as alone:
+            if not alone:
+                raise TemporaryError("another installation is under way", hint="try again when it has ended")
+            self.state = self._file.read()
+            yield
 
     def install(
         self,
@@ -259,52 +326,70 @@ class ModelStore:
         *,
         clock: Callable[[], float],
         rss: Callable[[], int],
+        model: str = "",
     ) -> Measured:
         """Stage, verify, test and switch; any failure is stored as the reason, and ``current`` stays.
 
         Raises:
-            EdgeprivError: the reason.
+            EdgeprivError: the reason; one of `PASSING` is not stored.
         """
-        name = self.stage(delivery, permission)
-        try:
-            self.verify(name)
-            measured = self.self_test(name, run, clock=clock, rss=rss)
-        except EdgeprivError as error:
-            self._refuse(name, str(error))
-            self._clean()
-            raise
-        self.switch(name)
-        return measured
+        with self.installing():
+            candidate = self.stage(delivery, permission)
+            try:
+                self.verify(candidate, model)
+                measured = self.self_test(candidate, run, clock=clock, rss=rss)
+            except EdgeprivError as error:
+                if not isinstance(error, PASSING):
+                    self._refuse(candidate, str(error))
+                self._clean()
+                raise
+            self.switch(candidate)
+            return measured
+
+    def _refuse(self, candidate: Candidate, reason: str) -> None:
+        """Remember why; what runs, and its trial, are another matter."""
+        self._change(lambda state: state.refusing(candidate.attempt, reason))
+        self._log(f"model {candidate.name[:12]} refused: {reason}")
 
     # --- what runs -------------------------------------------------------------------------------------------
 
-    def open(self, name: str = "") -> Restored:
-        """Open a staged delivery (default: the current one) with its permission, in memory.
+    def open(self, candidate: Candidate | None = None) -> Restored:
+        """Open a staged candidate (default: the current one), in memory.
 
         Raises:
             EdgeprivError: see `restore.open_level`; no session can start on decoys.
         """
-        name = name or self.state.current
-        if not name:
+        candidate = candidate or self.current
+        if not candidate.name:
             raise MissingFileError("no model is installed", hint="edgepriv model pull")
-        paper, signed = self._papers(name)
-        stored = bundle_files.read_stored(self._place(name), paper)
-        permission = self._place(name) / PERMISSION
-        if not permission.is_file():
+        paper, signed = self._papers(candidate.name)
+        stored = bundle_files.read_stored(self._place(candidate.name), paper)
+        if candidate.permission is None:
             raise TrustError("no permission for this model", hint="ask the owner: edgepriv grant")
         now_s = max(self.state.floor_s, paper.issued_s)
-        return open_level(signed, permission.read_bytes(), stored, self.identity, self.trust.issuers, now_s=now_s)
+        return open_level(signed, candidate.permission, stored, self.identity, self.trust.issuers, now_s=now_s)
 
-    def open_judged(self, name: str = "") -> Restored:
+    def _opens(self, candidate: Candidate) -> bool:
+        try:
+            self.open(candidate).wipe()
+        except EdgeprivError:
+            return False
+        return True
+
+    def open_judged(self, candidate: Candidate | None = None) -> Restored:
         """As `open`; where the owner's policy demands it, only with a good verdict on these bytes and this release."""
-        name = name or self.state.current
-        restored = self.open(name)
+        candidate = candidate or self.current
+        restored = self.open(candidate)
         if self.trust.require_verdict:
-            path, keys = verdict_path(self._place(name), restored.level), self.trust.risk_keys
+            place, keys = self._place(candidate.name), self.trust.risk_keys
             about: dict[str, Any] = {"release": self.trust.release}
             try:
-                about["spec"] = load_spec(self._place(name) / CARRIER)
-                self.raise_floor(check_verdict(path, restored.digest, keys, self.state.floor_s, **about))
+                about["spec"] = load_spec(place / CARRIER)
+                self.raise_floor(
+                    check_verdict(
+                        verdict_path(place, restored.level), restored.digest, keys, self.state.floor_s, **about
+                    )
+                )
             except BaseException:
                 restored.wipe()
                 raise
@@ -312,11 +397,14 @@ class ModelStore:
 
     def report(self) -> dict[str, Any]:
         """What the device tells about its models: what runs, and why others do not."""
-        paper = self._papers(self.state.current)[0] if self.state.current else None
+        paper = None
+        with contextlib.suppress(EdgeprivError):  # damaged, or its issuer is not believed any more
+            paper = self._papers(self.state.current)[0] if self.state.current else None
         return {
             "model": paper.name if paper else "",
             "version": paper.binding.version if paper else 0,
             "digest": self.state.current,
+            "attempt": self.current.attempt,
             "trial": bool(self.state.trial),
             "refused": dict(self.state.refused),
         }
@@ -325,11 +413,11 @@ class ModelStore:
 
     def revoked(self) -> bool:
         """Whether the owner has revoked what runs."""
-        return bool(self.state.current) and not self._allowed(self.state.current)
+        return bool(self.state.current) and self._is_revoked(self.state.current)
 
-    def place(self) -> Path:
-        """Folder of the current model."""
-        return self._place(self.state.current)
+    def place(self, candidate: Candidate | None = None) -> Path:
+        """Folder of a candidate (default: the current one)."""
+        return self._place((candidate or self.current).name)
 
     def _place(self, name: str) -> Path:
         return self.folder / "versions" / name
@@ -344,10 +432,22 @@ class ModelStore:
         return packing.read_list(path.read_bytes(), self.trust.issuers, (bundle_files.MANIFEST, packing.GOLDEN))
 
     def _version(self, name: str, model: str) -> int | None:
-        if not name:
+        """Version of what runs, if it is this model and can be read."""
+        try:
+            paper, _ = self._papers(name)
+        except EdgeprivError:
             return None
-        paper, _ = self._papers(name)
         return paper.binding.version if paper.name == model else None
+
+    def _is_revoked(self, name: str) -> bool:
+        """Whether the owner believes in it no longer: digest or issuer. A damaged one is not revoked."""
+        try:
+            paper, _ = self._papers(name)
+        except TrustError:
+            return True
+        except EdgeprivError:
+            return name in self.trust.revoked
+        return name in self.trust.revoked or paper.binding.carrier.hex() in self.trust.revoked
 
     def _allowed(self, name: str) -> bool:
         """Whether the last good model may run again: still there, not revoked, not below ``min_version``."""
@@ -355,28 +455,25 @@ class ModelStore:
             paper, _ = self._papers(name)
         except EdgeprivError:
             return False
-        revoked = name in self.trust.revoked or paper.binding.carrier.hex() in self.trust.revoked
-        return not revoked and paper.binding.version >= self.state.min_version.get(paper.name, 0)
+        return not self._is_revoked(name) and paper.binding.version >= self.state.min_version.get(paper.name, 0)
 
     def _clean(self) -> None:
-        """Remove staged folders that are neither running nor pinned."""
-        keep = {self.state.current, self.state.last_good, self.state.trial}
-        for place in (self.folder / "versions").iterdir():
-            if place.name not in keep:
-                shutil.rmtree(place, ignore_errors=True)
+        """Remove what is neither running nor pinned, unless somebody else installs."""
+        with self._file.alone() as alone:
+            if not alone:
+                return
+            state = self.state = self._file.read()
+            kept = {(state.current, state.permission), (state.last_good, state.good_permission)}
+            for place in (self.folder / "versions").iterdir():
+                if place.name not in {name for name, _ in kept}:
+                    packing.remove(place)
+            paths = {self._permission_path(name, chosen) for name, chosen in kept if name}
+            for place in {path.parent for path in paths}:
+                for path in set(place.glob(f"{PERMISSION}*")) - paths:
+                    path.unlink()
 
 
-def _attempt(name: str, permission: bytes | None) -> str:
-    """What a refusal is filed under: the delivery, and which permission it came with."""
-    return name if permission is None else f"{name}:{hashlib.sha256(permission).hexdigest()[:16]}"
-
-
-def _judge(found: Measured, limits: packing.Limits) -> None:
-    if found.unit and found.quality < limits.min_psnr_db:
-        raise RefusedError(f"self-test: {found.quality:.2f} dB is below {limits.min_psnr_db:.2f} dB")
-    if not found.unit and found.quality < limits.min_accuracy:
-        raise RefusedError(f"self-test: accuracy {found.quality:.3f} is below {limits.min_accuracy:.3f}")
-    if found.latency_s > limits.max_latency_s:
-        raise RefusedError(f"self-test: {1e3 * found.latency_s:.1f} ms is over {1e3 * limits.max_latency_s:.1f} ms")
-    if found.rss_bytes > limits.max_rss_bytes:
-        raise RefusedError(f"self-test: {found.rss_bytes} bytes of memory are over {limits.max_rss_bytes}")
+def _returned(state: State, bad: Candidate, reason: str) -> State:
+    """The last good model runs again."""
+    after = replace(state, current=state.last_good, permission=state.good_permission, trial="", attempts=0)
+    return after.refusing(bad.attempt, reason)

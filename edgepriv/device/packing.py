@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -16,8 +17,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import cbor2
 import numpy as np
 
-from edgepriv.errors import DataError, MissingFileError, WireError
-from edgepriv.files import sha256, sync_open
+from edgepriv.errors import DataError, MissingFileError, StorageFullError, WireError
+from edgepriv.files import rename, replace, sha256, sync_open
 from edgepriv.image_quality import psnr
 from edgepriv.selective_encryption import manifest
 from edgepriv.wire import delivery
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 SIGNED_LIST, GOLDEN = "delivery.cbor", "golden.cbor"
 LIST_USE = "model-delivery"
+PART = ".part"  # ends the name of a folder that is not whole
 MAX_DELIVERY_BYTES = 16 << 30
 
 
@@ -167,6 +169,42 @@ def unpack(path: Path, folder: Path, schema: str = delivery.DELIVERY) -> list[st
     except WireError as error:
         raise DataError(f"not a model delivery: {error}") from error
     return list(found)
+
+
+def unpack_over(delivery: Path, place: Path, *, keep: str) -> None:
+    """Unpack a delivery in the place of what an installation that was killed left there, or the disk damaged.
+
+    Args:
+        delivery: the file.
+        place: the folder to make.
+        keep: pattern of files that are not the delivery's and stay.
+
+    Raises:
+        StorageFullError: no room.
+        DataError: not a delivery.
+    """
+    size = delivery.stat().st_size
+    if shutil.disk_usage(place.parent).free < 2 * size:
+        raise StorageFullError(f"no room to stage {size} bytes", hint="free the disk; the running model is untouched")
+    part, old = place.with_name(place.name + PART), place.with_name(f"{place.name}.old{PART}")
+    for folder in (part, old):
+        shutil.rmtree(folder, ignore_errors=True)
+    unpack(delivery, part)
+    if place.is_dir():
+        for path in place.glob(keep):
+            replace(part / path.name, path.read_bytes())
+        place.rename(old)
+    rename(part, place)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove(place: Path) -> None:
+    """Remove a folder of an unpacked delivery; a cut of power never leaves half of it under its own name."""
+    part = place.with_name(place.name.removesuffix(PART) + PART)
+    if part != place:
+        shutil.rmtree(part, ignore_errors=True)
+        rename(place, part)
+    shutil.rmtree(part, ignore_errors=True)
 
 
 def bare(name: Any) -> bool:

@@ -10,7 +10,7 @@ import hashlib
 import os
 from typing import TYPE_CHECKING, Any
 
-from edgepriv.device.infer import Inferer, load_spec
+from edgepriv.device.infer import Inferer, as_taken, load_spec
 from edgepriv.device.models import CARRIER, ModelStore, Trust
 from edgepriv.device.purify import OutputPurifier
 from edgepriv.device.release import parse_policy
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from edgepriv.device.config import DeviceConfig, ReleaseConfig
     from edgepriv.device.infer import ModelSpec
+    from edgepriv.device.model_state import Candidate
     from edgepriv.keys import Identity
     from edgepriv.selective_encryption.restore import Restored
     from edgepriv.wire.trust import TrustList
@@ -179,36 +180,53 @@ def _inferer(restored: Restored, folder: Path, threads: int) -> Inferer:
 def _from_store(store: ModelStore, threads: int, accept: Callable[[Inferer], None]) -> Inferer:
     """Open what is current; one failure on trial brings the last good model back."""
 
-    def opened() -> Inferer:
-        inferer = _inferer(store.open_judged(), store.place(), threads)
+    def opened(candidate: Candidate) -> Inferer:
+        inferer = _inferer(store.open_judged(candidate), store.place(candidate), threads)
         accept(inferer)
         return inferer
 
     store.recover()
     if store.revoked():
-        store.roll_back("the owner has revoked it")
+        store.withdraw("the owner has revoked it")
+    candidate = store.current
     try:
-        inferer = opened()
+        inferer = opened(candidate)
     except EdgeprivError as error:
         if not store.state.trial:
             raise
-        store.roll_back(f"it did not start: {error}")
-        return opened()
-    store.confirm()
+        store.roll_back(f"it did not start: {error}", candidate)
+        return opened(store.current)
+    store.confirm(candidate)
     return inferer
 
 
 def runner(restored: Restored) -> Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]:
-    """A function ``inputs -> first output`` on a restored model, for the self-test."""
+    """A function ``inputs -> first output`` on a restored model, for the self-test.
+
+    Both raise DataError with onnxruntime's reason where it does not run.
+    """
     ort = runtime()
-    session = restored.session(ort, session_options(ort))
-    name = session.get_inputs()[0].name
+    try:
+        session = restored.session(ort, session_options(ort))
+        wanted = session.get_inputs()[0]
+    except Exception as error:  # onnxruntime raises many types
+        raise _does_not_run(error) from error
 
     def infer(inputs: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        output: np.ndarray[Any, Any] = session.run(None, {name: inputs})[0]
-        return output.reshape(-1)
+        try:
+            output: np.ndarray[Any, Any] = session.run(None, {wanted.name: as_taken(wanted, inputs)})[0]
+            return output.reshape(-1)
+        except Exception as error:
+            raise _does_not_run(error) from error
 
     return infer
+
+
+def _does_not_run(error: Exception) -> EdgeprivError:
+    if isinstance(error, EdgeprivError):
+        return error
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return DataError(f"self-test: the model does not run: {line[:200]}")
 
 
 def resident_bytes() -> int:
