@@ -24,13 +24,19 @@ def models() -> None:
 @click.option("--model-version", "version", default="", help="Default: 1, or a protected model's own.")
 @click.option("--only-judge", is_flag=True, help="For the risk service alone: withheld from devices.")
 def models_add(config_path: Path, as_json: bool, file: Path, name: str, version: str, only_judge: bool) -> None:
-    """Offer a model file, or a protected model's shipment, to devices (withheld without the verdict it needs)."""
+    """Take a model file, or a protected model's shipment (withheld from devices without the verdict it needs).
+
+    The first version of a model is offered to all devices; a further one is held until `models rollout`.
+    """
     config = load_config(config_path)
     with handed_over(config, file) as path:
         args = {"path": str(path), "name": name, "version": version, "only_judge": only_judge}
         result = ask_daemon(config, "model-add", args, timeout_s=60)
     document = {"schema": "edgepriv.gateway-model/1", **json_map(result)}
-    show(document, as_json, [f"{document['id']} {document['version']}: {document['digest']}"])
+    lines = [f"{document['id']} {document['version']}: {document['digest']}"]
+    if document.get("held"):
+        lines.append("held: another version is offered; edgepriv-gateway models rollout offers this one")
+    show(document, as_json, lines)
 
 
 @models.command("list")
@@ -121,9 +127,15 @@ def models_rollout(
 @AS_JSON
 @click.argument("model")
 def models_rollback(config_path: Path, as_json: bool, model: str) -> None:
-    """Withhold a version from everybody and offer the one before it."""
+    """Withhold a version from everybody; the newest earlier one that is on offer is offered instead.
+
+    Devices that have confirmed the version keep it: they take no older one. Publish a newer version for them.
+    """
     result = ask_daemon(load_config(config_path), "model-rollback", {"model": model})
-    lines = [f"{model} is rolled back; version {result['version']} is offered"]
+    lines = [
+        f"{model} is rolled back; version {result['version']} is offered to {result['share']} % of the devices",
+        f"devices that have confirmed {model} keep it",
+    ]
     show({"schema": "edgepriv.gateway-model/1", "model": model, **json_map(result)}, as_json, lines)
 
 
@@ -132,6 +144,6 @@ def models_rollback(config_path: Path, as_json: bool, model: str) -> None:
 @AS_JSON
 @click.argument("model")
 def models_offer(config_path: Path, as_json: bool, model: str) -> None:
-    """Offer a halted model again."""
+    """Offer a halted model again; a held one, or one without a rollout, to all devices."""
     result = ask_daemon(load_config(config_path), "model-offer", {"model": model})
     show({"schema": "edgepriv.gateway-model/1", "model": model, **json_map(result)}, as_json, [f"{model} is offered"])

@@ -7,8 +7,10 @@ that ``[models] policies`` names. A halted model is withheld from everybody else
 device checks the verdict again: the gateway is not trusted with this, it only does not waste the device's time.
 
 A rollout (`gateway.rollout`) offers a model to a growing share of the devices and halts by itself when too many report
-a failure; a model without one is offered to all. Rolling back withholds a version from everybody and offers the one
-before it again. Devices report with the query ``report`` of kind ``model``: ``{"good", "reason"}``.
+a failure; a model without one is offered to all. The first version of an id is offered when it is added; a further one
+is held until its rollout begins, or `models offer` offers it to all. Rolling back withholds a version from everybody,
+so that the newest earlier one that is on offer is theirs again; a device that has confirmed the newer version keeps it,
+because it takes no older one. Devices report with the query ``report`` of kind ``model``: ``{"good", "reason"}``.
 
 A *shipment* or *delivery* (`edgepriv.wire.delivery`) holds a protected model, whose true bytes the gateway cannot see.
 Its manifest, signed by the owner or an issuer, names the digest that each level will run; the verdicts inside it speak
@@ -24,6 +26,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from edgepriv import files
 from edgepriv.errors import AuthenticationError, DataError, EdgeprivError, MissingFileError, WireError
 from edgepriv.wire import cbor
 from edgepriv.wire.delivery import read_label
@@ -40,7 +43,7 @@ if TYPE_CHECKING:
     from gateway.store import Store
 
 KIND = "model"
-OFFERED, HALTED, TO_JUDGE = "offered", "halted", "only to be judged"
+OFFERED, HALTED, TO_JUDGE, HELD = "offered", "halted", "only to be judged", "held until its rollout begins"
 VERDICT_USE = "verdict"
 GOOD_VERDICT = "low leakage"
 MAX_VERDICT_BYTES = 64 << 10
@@ -56,6 +59,11 @@ class Verdict:
     serial: int
     issued: int
     expires: int
+
+    @property
+    def good(self) -> bool:
+        """Whether it admits a model, as far as its word goes."""
+        return self.verdict == GOOD_VERDICT
 
 
 def read_verdict(raw: bytes, roster: Roster, sender: str, now: float) -> Verdict:
@@ -91,6 +99,8 @@ class Models:
     def add(self, path: Path, *, name: str, version: str, actor: str, now: float, only_judge: bool = False) -> bytes:
         """Take a model file into the store; returns its SHA-256. A protected one has a name and version of its own.
 
+        Where another version of it is offered this one is held, until its rollout begins.
+
         Raises:
             MissingFileError, DataError: nothing there, empty, damaged, or a plain model without a name.
             AuthenticationError: a protected model that is signed by nobody who may.
@@ -105,13 +115,17 @@ class Models:
         if not name:
             raise DataError(f"{path} does not say which model it is", hint="give --id")
         version = version or "1"
-        state = TO_JUDGE if only_judge else OFFERED
+        state = TO_JUDGE if only_judge else self._state_of_new(name, files.sha256(path), now)
         meta = {"version": version, "state": state, "verdict": b"", "risk": "", "rollout": {}}
         if label is not None:
             meta |= {"issuer": label.issuer, "runs": list(label.digests), "bundled": list(label.verdicts)}
         digest = self._store.add_object(path, kind=KIND, name=name, meta=meta, now=now)
         self._store.audit(actor, "model-add", {"model": name, "version": version, "digest": digest}, now)
         return digest
+
+    def _state_of_new(self, name: str, digest: bytes, now: float) -> str:
+        others = [m for m in self.listed(now) if m["id"] == name and m["digest"] != digest]
+        return HELD if any(m["state"] == OFFERED for m in others) else OFFERED
 
     def _label(self, path: Path) -> Label | None:
         with path.open("rb") as stream:
@@ -139,6 +153,7 @@ class Models:
             "protected": protected,
             "verdict": verdict.verdict if verdict else "not audited",
             "verdict_bytes": meta.get("verdict", b""), "risk": meta.get("risk", ""),
+            "valid": verdict is not None and verdict.expires > now and not (objection and verdict.good),
             "policy": verdict.policy if verdict else "", "expires": verdict.expires if verdict else 0,
             "withheld": objection or ("" if state == OFFERED else state),
         }  # fmt: skip
@@ -171,18 +186,17 @@ class Models:
         if not meta["bundled"]:
             needed = self._settings.require_verdict
             return None, "no verdict of the risk service on the bytes that would run" if needed else ""
-        verdict = None
-        for raw in meta["bundled"]:
-            verdict = self._by_any_risk_service(raw, now)
-            if verdict is None:
-                return None, "a verdict in it is not signed by a risk service that is trusted"
-            if verdict.model not in meta["runs"]:
-                return verdict, "a verdict in it is of other bytes than those that would run"
-            if verdict.expires <= now:
-                return verdict, "the verdict has expired"
-            if objection := self._objection(verdict):
-                return verdict, objection
-        return verdict, ""
+        known = [self._by_any_risk_service(raw, now) for raw in meta["bundled"]]
+        read = sorted((v for v in known if v), key=lambda v: (v.good, v.expires))
+        own = [v for v in read if v.model in meta["runs"]]
+        weakest = own[0] if own else None
+        if len(read) < len(known):
+            return weakest, "a verdict in it is not signed by a risk service that is trusted"
+        if len(own) < len(read):
+            return weakest, "a verdict in it is of other bytes than those that would run"
+        if any(v.expires <= now for v in own):
+            return weakest, "the verdict has expired"
+        return weakest, next(filter(None, map(self._objection, own)), "")
 
     def _by_any_risk_service(self, raw: bytes, now: float) -> Verdict | None:
         for party in self._roster.trust.with_role("risk"):
@@ -272,20 +286,23 @@ class Models:
         self.set_state(digest, OFFERED, actor=actor, now=now)
 
     def roll_back(self, digest: bytes, *, actor: str, now: float) -> dict[str, Any]:
-        """Withhold a version from everybody and offer the one before it to all.
+        """Withhold a version from everybody; the newest earlier one that is on offer is what devices find then.
 
         Raises:
-            MissingFileError: there is none before it.
+            MissingFileError: no earlier one is on offer.
         """
         listed = self.listed(now)
         (this,) = [m for m in listed if m["digest"] == digest]
         before = [m for m in listed if m["id"] == this["id"] and m["added"] < this["added"]]
-        if not before:
-            raise MissingFileError(f"there is no version of {this['id']} before {this['version']}")
+        offered = [m for m in before if m["state"] == OFFERED and not m["withheld"] and m["share"]]
+        if not offered:
+            raise MissingFileError(
+                f"no version of {this['id']} before {this['version']} is on offer",
+                hint="edgepriv-gateway models halt withholds this one",
+            )
         self.set_state(digest, "rolled back", actor=actor, now=now)
-        kept = bytes(before[-1]["digest"])
-        self._set_meta(kept, {**self._meta(kept), "state": OFFERED, "rollout": {}})
-        return {"digest": digest, "offered": kept, "version": before[-1]["version"]}
+        kept = offered[-1]
+        return {"digest": digest, "offered": kept["digest"], "version": kept["version"], "share": kept["share"]}
 
     def set_state(self, digest: bytes, state: str, *, actor: str, now: float) -> None:
         """Halt a model or offer it again."""

@@ -4,12 +4,14 @@ Rules, in order:
 
 * Which devices are in a stage is fixed by a hash of (model digest, device id): a larger stage contains the
   smaller ones, nobody is chosen by hand, and a restart of the gateway changes nothing.
+* A stage has at least one device: where the hash puts nobody of a small fleet into it, the next one in order is taken
+  (``reach``), and the stage begins then.
 * A device reports ``good`` (confirmed after its own self-test) or ``bad`` with its reason; the last report counts, and
-  a ``good`` may still turn ``bad``. Reports of devices outside the stage are noted and do not move it.
+  a ``good`` may still turn ``bad``. Reports of devices outside the stage are noted; they neither move nor halt it.
 * A stage is passed when at least ``min_good`` of its devices (or all of them) are good, ``settle_s`` seconds have gone
   by since it began, and failures are within bounds.
-* The rollout halts at once when more than ``max_failed_share`` of the devices that reported are bad and at least
-  ``min_failures`` of them are. A halt is final until an operator resumes it; halted = offered to nobody new.
+* The rollout halts at once when more than ``max_failed_share`` of the stage's devices that reported are bad and at
+  least ``min_failures`` of them are. A halt is final until an operator resumes it; halted = offered to nobody new.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One rollout. ``reports`` maps device id to (``good`` or ``bad``, reason)."""
+    """One rollout. ``reports`` maps device id to (``good`` or ``bad``, reason); ``reach``: the first buckets are in."""
 
     model: bytes
     plan: Plan
@@ -57,6 +59,7 @@ class Rollout:
     stage: int = 0
     reason: str = ""
     reports: dict[str, tuple[str, str]] = field(default_factory=dict)
+    reach: int = 0
 
     @property
     def share(self) -> int:
@@ -67,7 +70,11 @@ class Rollout:
         """Whether this device is offered the model; a halted rollout offers it to nobody who has not got it."""
         if self.state == HALTED:
             return self.reports.get(device, ("", ""))[0] == GOOD
-        return bucket(self.model, device) < 100 * self.share
+        return self.within(device)
+
+    def within(self, device: str) -> bool:
+        """Whether this device is in the stage, halted or not."""
+        return bucket(self.model, device) < max(100 * self.share, self.reach)
 
     def as_fields(self) -> dict[str, Any]:
         """For the store; `from_fields` reads it."""
@@ -83,6 +90,7 @@ class Rollout:
             "stage": self.stage,
             "reason": self.reason,
             "reports": {device: list(report) for device, report in self.reports.items()},
+            "reach": self.reach,
         }
 
 
@@ -96,9 +104,8 @@ def from_fields(fields: dict[str, Any]) -> Rollout:
         fields["min_failures"],
     )
     reports = {device: (str(report[0]), str(report[1])) for device, report in fields["reports"].items()}
-    return Rollout(
-        fields["model"], plan, fields["began_s"], fields["state"], fields["stage"], fields["reason"], reports
-    )
+    began, reach = fields["began_s"], fields.get("reach", 0)
+    return Rollout(fields["model"], plan, began, fields["state"], fields["stage"], fields["reason"], reports, reach)
 
 
 def bucket(model: bytes, device: str) -> int:
@@ -113,18 +120,23 @@ def report(rollout: Rollout, device: str, *, good: bool, reason: str = "") -> Ro
     rollout = replace(rollout, reports=noted)
     if rollout.state != RUNNING and not (rollout.state == DONE and not good):
         return rollout
-    bad = sorted(d for d, (state, _) in noted.items() if state == BAD)
-    if len(bad) >= rollout.plan.min_failures and len(bad) > rollout.plan.max_failed_share * len(noted):
-        why = f"{len(bad)} of {len(noted)} devices failed; {bad[-1]}: {noted[bad[-1]][1]}"
+    members = sorted(d for d in noted if rollout.within(d))
+    bad = [d for d in members if noted[d][0] == BAD]
+    if len(bad) >= rollout.plan.min_failures and len(bad) > rollout.plan.max_failed_share * len(members):
+        why = f"{len(bad)} of {len(members)} devices failed; {bad[-1]}: {noted[bad[-1]][1]}"
         return replace(rollout, state=HALTED, reason=why)
     return rollout
 
 
 def advance(rollout: Rollout, fleet: Collection[str], now_s: float) -> Rollout:
     """Go to the next stage when the present one has passed; call as often as you like."""
-    if rollout.state != RUNNING or now_s - rollout.began_s < rollout.plan.settle_s:
+    if rollout.state != RUNNING or not fleet:
         return rollout
-    members = [device for device in fleet if rollout.offered(device)]
+    members = [device for device in fleet if rollout.within(device)]
+    if not members:
+        return replace(rollout, reach=min(bucket(rollout.model, device) for device in fleet) + 1, began_s=now_s)
+    if now_s - rollout.began_s < rollout.plan.settle_s:
+        return rollout
     good = sum(rollout.reports.get(device, ("", ""))[0] == GOOD for device in members)
     if good < min(rollout.plan.min_good, len(members)):
         return rollout

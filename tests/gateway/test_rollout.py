@@ -1,10 +1,11 @@
 """A staged rollout reaches everybody when it goes well, and halts by itself when it does not."""
 
 import pytest
+from gateway_site import Site
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgepriv.errors import ConfigError
+from edgepriv.errors import ConfigError, MissingFileError
 from gateway.rollout import DONE, HALTED, RUNNING, Plan, Rollout, advance, bucket, from_fields, halt, report, resume
 
 FLEET = [f"dev-{n}" for n in range(200)]
@@ -94,3 +95,117 @@ def test_any_history_survives_the_store_and_never_goes_back(events):
 def test_wrong_stages_are_refused(stages):
     with pytest.raises(ConfigError):
         Plan(stages=stages)
+
+
+def test_in_a_small_fleet_every_stage_has_a_device_that_must_do_well_first():
+    """Eight devices, 5 % of which is nobody in most rollouts: one of them still goes first."""
+    fleet, empty = [f"dev-{n}" for n in range(8)], 0
+    for number in range(40):
+        state = Rollout(bytes([number]) * 32, PLAN, 0.0)
+        empty += not any(state.offered(device) for device in fleet)
+        state = advance(state, fleet, 1.0)
+        first = [device for device in fleet if state.offered(device)]
+        assert state.stage == 0
+        assert first
+        assert advance(state, fleet, 1e6) == state  # no report, no next stage
+        assert from_fields(state.as_fields()) == state
+        for device in first:
+            state = report(state, device, good=True)
+        state = advance(state, fleet, 1e6)
+        assert state.stage == 1
+        assert set(first) <= {device for device in fleet if state.offered(device)}
+    assert empty > 10
+    assert advance(rollout(), [], 1e6) == rollout()
+
+
+def test_a_rollout_that_an_older_gateway_stored_goes_on():
+    fields = rollout().as_fields()
+    del fields["reach"]
+    assert from_fields(fields) == rollout()
+
+
+def test_devices_that_were_not_offered_the_model_neither_halt_nor_dilute_it():
+    state = rollout()
+    members = offered(state)
+    outside = [device for device in FLEET if device not in members]
+    for device in outside[:50]:
+        state = report(state, device, good=False, reason="invented")
+    assert state.state == RUNNING
+    state = report(rollout(), members[0], good=True)
+    for device in outside[:50]:
+        state = report(state, device, good=True)
+    for device in members[1:3]:
+        state = report(state, device, good=False, reason="slow")
+    assert state.state == HALTED
+    assert "2 of 3 devices failed" in state.reason
+
+
+@pytest.fixture
+def models(tmp_path):
+    site = Site(tmp_path / "site", models={"require_verdict": False})
+    yield Versions(site, tmp_path)
+    site.close()
+
+
+class Versions:
+    """Plain models of one id at a gateway that demands no verdict."""
+
+    def __init__(self, site, folder):
+        self.site, self.folder, self.held = site, folder, site.gateway().models
+        self.digests = []
+
+    def add(self, **options):
+        path = self.folder / "model.onnx"
+        path.write_bytes(f"version {len(self.digests) + 1}".encode())
+        version, self.site.now = str(len(self.digests) + 1), self.site.now + 1
+        self.digests.append(self.held.add(path, name="eye", version=version, actor="op", now=self.site.now, **options))
+        return self.digests[-1]
+
+    def begin(self, digest, plan=PLAN):
+        self.held.begin_rollout(digest, plan, actor="op", now=self.site.now)
+
+    def state(self, digest):
+        (found,) = [m for m in self.held.listed(self.site.now) if m["digest"] == digest]
+        return found["withheld"] or found["state"]
+
+    def offered(self, device="dev-cam1"):
+        return [m["version"] for m in self.held.offers(device, "device", self.site.now)]
+
+
+def test_a_further_version_is_held_until_its_rollout_begins(models):
+    first, second = models.add(), models.add()
+    assert models.offered() == ["1"]
+    assert "held" in models.state(second)
+    assert "held" in models.held.withheld(second[:16], "dev-cam1", "device", models.site.now)
+    models.begin(second, Plan(stages=(100,)))
+    assert models.offered() == ["1", "2"]
+    models.held.set_state(first, "halted", actor="op", now=models.site.now)
+    models.held.set_state(second, "halted", actor="op", now=models.site.now)
+    models.add()
+    assert models.offered() == ["3"]  # nothing else is on offer
+
+
+def test_a_rollback_goes_to_the_newest_earlier_version_that_is_on_offer_and_widens_nothing(models):
+    first = models.add()
+    halted, judge, failed, partly = models.add(), models.add(only_judge=True), models.add(), models.add()
+    models.held.halt(halted, actor="op", now=models.site.now)
+    models.begin(failed, Plan(stages=(100,), min_failures=1))
+    models.held.take_report(failed, "dev-cam1", good=False, reason="slow", now=models.site.now)
+    models.begin(partly)
+    bad = models.add()
+    models.begin(bad, Plan(stages=(100,)))
+    done = models.held.roll_back(bad, actor="op", now=models.site.now)
+    assert (done["version"], done["share"]) == ("5", 5)
+    done = models.held.roll_back(partly, actor="op", now=models.site.now)
+    assert (done["version"], done["offered"], done["share"]) == ("1", first, 100)
+    assert models.offered() == ["1"]
+    assert [models.state(m) for m in (halted, judge)] == ["halted", "only to be judged"]
+
+
+def test_a_rollback_with_nothing_to_go_back_to_changes_nothing(models):
+    first = models.add()
+    models.held.halt(first, actor="op", now=models.site.now)
+    second = models.add()
+    with pytest.raises(MissingFileError, match="on offer"):
+        models.held.roll_back(second, actor="op", now=models.site.now)
+    assert models.offered() == ["2"]
