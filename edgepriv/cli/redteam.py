@@ -33,7 +33,13 @@ def redteam() -> None:
 @click.option(
     "--schedule", default="cosine", show_default=True, type=click.Choice(["constant", "cosine"]), help="Learning rate."
 )
-@click.option("--targets", default="classes", show_default=True, type=click.Choice(["classes", "digit-attributes"]))
+@click.option(
+    "--targets",
+    default="classes",
+    show_default=True,
+    type=click.Choice(["classes", "digit-attributes"]),
+    help="What to learn; audit such a model with the same --targets.",
+)
 @click.option("--seed", default=0, show_default=True, type=int)
 @click.option("--epochs", default=12, show_default=True, type=click.IntRange(1, 10_000))
 @click.option("--images", default=12_000, show_default=True, type=click.IntRange(100), help="Training pictures.")
