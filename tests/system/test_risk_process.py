@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -49,10 +51,10 @@ def site(tmp_path):
     broker.close()
 
 
-def start(site):
+def start(site, **environment):
     log = (site.folder / "risk.log").open("ab")
     command = [sys.executable, "-m", "edgepriv", "risk", "serve", "--config", str(site.folder / "risk.toml")]
-    return subprocess.Popen(command, cwd=ROOT, stderr=log, stdout=log), log
+    return subprocess.Popen(command, cwd=ROOT, stderr=log, stdout=log, env={**os.environ, **environment}), log
 
 
 def models(site):
@@ -123,6 +125,24 @@ def test_a_stop_in_the_middle_of_an_audit_ends_in_seconds_and_costs_the_model_no
         (job,) = queue.listed()
         queue.close()
         assert (job.state, job.attempts, job.deaths) == ("queued", 0, 0)
+
+
+def test_a_service_that_waits_for_its_gateway_is_alive_to_systemd_and_stops_at_once(tmp_path):
+    site = Site(tmp_path)  # no broker and no gateway run
+    (site.folder / "risk.toml").write_text(CONFIG.format(port=site.port))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as heard:
+        heard.bind(str(tmp_path / "notify"))
+        heard.settimeout(60)
+        process, log = start(site, NOTIFY_SOCKET=str(tmp_path / "notify"), WATCHDOG_USEC="1000000")
+        assert heard.recv(100) == b"READY=1"
+        assert [heard.recv(100) for _ in range(6)] == [b"WATCHDOG=1"] * 6
+        # one wait for the gateway lasts 30 s: these came from within it
+        assert "cannot be reached" not in (site.folder / "risk.log").read_text()
+        began = time.monotonic()
+        process.terminate()
+        assert process.wait(20) == 0, (site.folder / "risk.log").read_text()
+        assert time.monotonic() - began < 5
+    log.close()
 
 
 def workers_of(pid):
