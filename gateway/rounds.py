@@ -316,8 +316,7 @@ class Round:
         return Fold(_name(key), device.digest, weight, device.stale)
 
     def _folded(self, name: str, digest: bytes, reason: str) -> list[Action]:
-        key = self._find(name, digest)
-        if not key:
+        if not (key := self._find(name, digest)):
             return []
         device = self.devices[key]
         if reason:
@@ -406,6 +405,7 @@ class Round:
 
     def _advance_unmasking(self, now: float) -> list[Action]:
         actions = self._try_unmask() if self.ticked else []  # much work: not at every single reveal
+        self.resent = now if actions else self.resent  # a repeat would come after the result
         if not self.ticked or actions or now < self.state_since + self.plan.step_s:
             return actions
         wrong = "" if len(self.reveals) < self.threshold else ", and too many of them are wrong"

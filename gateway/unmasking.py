@@ -8,6 +8,7 @@ round 4. Wrong shares are found and left out; the work of one attempt is bounded
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import combinations
 from math import comb
 from typing import TYPE_CHECKING, Any
@@ -86,7 +87,7 @@ def mask_keys(
             ("self", advert.self_commitment) if position in survivors else ("mask", advert.mask_commitment)
         )
         shares = {p: reveal.shares[column] for p, reveal in reveals.items() if column < len(reveal.shares)}
-        seed = seeds.seed(position, shares, thresholds, lambda s, k=kind, c=commitment: _fits(k, s, c))
+        seed = seeds.seed(position, shares, thresholds, partial(_fits, kind, commitment))
         if kind == "self":
             keys.append((masking.self_key(seed, advert.round, advert.cohort, advert.device), -1))
         else:
@@ -94,7 +95,7 @@ def mask_keys(
     return keys
 
 
-def _fits(kind: str, seed: bytes, commitment: bytes) -> bool:
+def _fits(kind: str, commitment: bytes, seed: bytes) -> bool:
     return primitives.equal(masking.commit(kind, seed), commitment)
 
 

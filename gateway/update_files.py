@@ -2,7 +2,8 @@
 
 An update in a file is untrusted. `open_source` checks the header against the round; `Source.check` reads everything
 once (NaN, infinity, positions) and gives the L2 norm; `Source.add` then adds the part of one block to the sum. Blocks
-are asked for in ascending order. Memory is one block, and O(kept coordinates) for sparse updates.
+are asked for in ascending order. Memory is one block, and 8 bytes a kept coordinate for sparse updates, which are
+taken in rounds that ask for them and with as many coordinates as those keep.
 """
 
 from __future__ import annotations
@@ -66,27 +67,30 @@ class Source:
         if self.adaptive and type(self.within) is not bool:
             raise WireError("an update does not say whether it was within the clip")
         self.dense: dict[str, _Part] = {}
-        self.sparse: dict[str, tuple[NDArray[np.int64], NDArray[np.float32]]] = {}
-        pending: dict[str, NDArray[np.int64]] = {}
+        self.sparse: dict[str, tuple[NDArray[Any], NDArray[np.float32]]] = {}
+        pending: dict[str, NDArray[np.uint32]] = {}
         for row in header["tensors"]:
             self._take(row, _Part(file, row, data_at), opened, pending)
         if pending or not (self.dense or self.sparse):
             raise WireError("an update lacks its values")
 
-    def _take(self, row: list[Any], part: _Part, opened: RoundOpen, pending: dict[str, NDArray[np.int64]]) -> None:
+    def _take(self, row: list[Any], part: _Part, opened: RoundOpen, pending: dict[str, NDArray[np.uint32]]) -> None:
         name, kind = split_name(row[0]) if row[0] not in self.layout.by_name else (row[0], "")
         slot = self.layout.by_name.get(name)
         if slot is None:
             raise WireError(f"the round does not touch {row[0]!r}"[:120])
+        if name in self.dense or name in self.sparse:
+            raise WireError(f"an update has {name!r} twice"[:120])
+        if kind:
+            _check_sparse(row, part, slot, opened)
         if kind == INDEX:
-            if row[1] != "uint32" or part.size > slot.size:
-                raise WireError("an update's positions are malformed")
-            pending[name] = part.raw(0, part.size).astype(np.int64)
+            pending[name] = part.raw(0, part.size)
             check_indices(pending[name], slot.size)
         elif kind == VALUE:
-            where = pending.pop(name, None)
-            where = random_coordinates(opened, name, slot.size) if where is None else where
-            if row[1] != "float32" or part.size != where.size:
+            where: NDArray[Any] | None = pending.pop(name, None)
+            if where is None and opened.encoding == "randomk":
+                where = random_coordinates(opened, name, slot.size)
+            if where is None or part.size != where.size:
                 raise WireError("an update's values do not fit their positions")
             self.sparse[name] = (where, part.floats(0, part.size))
         elif tuple(row[2]) != slot.shape or row[1] not in {"float32", "float16", "int8"}:
@@ -119,7 +123,7 @@ class Source:
                 piece[:] = self.dense[slot.name].floats(low, high)
             elif slot.name in self.sparse:
                 where, values = self.sparse[slot.name]
-                i, j = np.searchsorted(where, [low, high])
+                i, j = np.searchsorted(where, np.array([low, high], where.dtype))  # else all positions are converted
                 piece[where[i:j] - low] = values[i:j]
         return out
 
@@ -136,6 +140,18 @@ class Source:
         """What stands after the values: the half for the count of devices within the clip, then the weights."""
         count = [count_steps(ring, within=bool(self.within))] if self.adaptive else []
         return np.array([*count, *(self.present() * weight)], np.int64).astype(ring.dtype)
+
+
+def _check_sparse(row: list[Any], part: _Part, slot: Slot, opened: RoundOpen) -> None:
+    """Refuse positions and values that the round does not ask for, before they are read (WireError)."""
+    positions = row[0] == slot.name + INDEX
+    if opened.encoding not in ({"topk"} if positions else {"topk", "randomk"}):
+        raise WireError(f"a round of {opened.encoding} updates takes no chosen coordinates")
+    if row[1] != ("uint32" if positions else "float32") or len(row[2]) != 1:
+        raise WireError("an update's chosen coordinates are malformed")
+    most = max(1, round(opened.keep * slot.size))
+    if part.size > most:
+        raise WireError(f"an update has {part.size} coordinates of {slot.name!r}, the round keeps {most}"[:200])
 
 
 class MaskedSource:

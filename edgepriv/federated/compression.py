@@ -105,5 +105,5 @@ def split_name(name: str) -> tuple[str, str]:
 
 def check_indices(indices: NDArray[Any], size: int) -> None:
     """Refuse positions that are not ascending and within the tensor (WireError)."""
-    if indices.size and (int(indices[-1]) >= size or bool((np.diff(indices.astype(np.int64)) <= 0).any())):
+    if indices.size and (int(indices[-1]) >= size or bool((indices[1:] <= indices[:-1]).any())):
         raise WireError("an update's positions are not ascending within their tensor")
