@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 SUM_NAME = "sum.bin"
 MAX_TRAILER_BYTES = 64 << 20
+MAX_OPEN = 128  # staged files at a time: a process may have about a thousand
 _LENGTH = struct.Struct(">Q")
 
 
@@ -128,7 +129,7 @@ def load_checkpoint(folder: Path, opened: RoundOpen) -> Checkpoint:
 
 
 def fold(folder: Path, opened: RoundOpen, staged: Sequence[Staged]) -> tuple[Checkpoint, list[Refusal]]:
-    """Add verified updates to the round's sum.
+    """Add verified updates to the round's sum, `MAX_OPEN` of them at a time.
 
     Args:
         folder: the round's folder.
@@ -138,7 +139,13 @@ def fold(folder: Path, opened: RoundOpen, staged: Sequence[Staged]) -> tuple[Che
     Returns:
         The durable sum (it names every update that is in it) and the refused updates.
     """
-    before = load_checkpoint(folder, opened)
+    refused: list[Refusal] = []
+    for first in range(0, len(staged), MAX_OPEN):
+        refused += _fold(load_checkpoint(folder, opened), opened, staged[first : first + MAX_OPEN])
+    return load_checkpoint(folder, opened), refused
+
+
+def _fold(before: Checkpoint, opened: RoundOpen, staged: Sequence[Staged]) -> list[Refusal]:
     sources: list[tuple[Staged, Any, float]] = []
     refused: list[Refusal] = []
     with contextlib.ExitStack() as files:
@@ -153,10 +160,10 @@ def fold(folder: Path, opened: RoundOpen, staged: Sequence[Staged]) -> tuple[Che
                 sources.append((item, source, _factor(source.check(), item, opened)))
             except (WireError, OSError) as error:
                 refused.append(Refusal(item.device, item.digest, str(error)))
-        if not sources:
-            return before, refused
-        taken = (*before.taken, *((s.device, s.stale, s.digest, s.weight) for s, _, _ in sources))
-        return write_sum(before, opened, taken, sources), refused
+        if sources:
+            taken = (*before.taken, *((s.device, s.stale, s.digest, s.weight) for s, _, _ in sources))
+            write_sum(before, opened, taken, sources)
+    return refused
 
 
 def declared(item: Staged, opened: RoundOpen) -> Staged:

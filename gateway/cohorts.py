@@ -10,11 +10,11 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from edgepriv.errors import DataError, EdgeprivError, WireError
+from edgepriv.errors import DataError, EdgeprivError, TemporaryError, WireError
 from edgepriv.wire import rounds as wire_rounds
 from gateway import aggregate, round_events, shards
 from gateway.parted import CancelPart, OpenPart, PartedRound
-from gateway.round_events import Close, Finish, Finished, Send
+from gateway.round_events import Close, Finish, Finished, Send, not_finished
 from gateway.round_ports import Tell
 from gateway.rounds import Round
 
@@ -160,5 +160,7 @@ class Parts:
                     folder, whole, base, out, noise=noise, count_noise=count_noise, rate=plan.server_rate, cohorts=done
                 )
             return self._conductor.publish(plan, result, out, self._conductor.spent(parent))
-        except EdgeprivError as error:
-            return Finished(reason=str(error))
+        except TemporaryError:
+            raise  # the store is away: the whole turn is done again
+        except (EdgeprivError, OSError) as error:
+            return not_finished(error)

@@ -1,7 +1,8 @@
 """Robust rules over staged updates, block by block: memory is devices x block, never devices x model.
 
 ``trimmed`` and ``median`` need all values of a coordinate at once, so a checked update is kept (as a hard link in the
-round's folder, named by device, staleness and digest) until the round closes: disk is O(devices x model) for them.
+round's folder, named by device, staleness and digest) until the round closes: disk is O(devices x model) for them, and
+each file is open only while a block of it is read, so any number of devices needs one open file.
 ``fltrust`` streams: an update's score with the reference update becomes its weight before it is folded.
 """
 
@@ -68,8 +69,8 @@ def robust_finish(folder: Path, opened: RoundOpen, base: Path, out: Path, *, rul
     if not paths:
         raise RefusedError("no update was kept")
     layout, mean = Layout(opened.tensors), folder / "plain.bin"
-    with contextlib.ExitStack() as files, mean.open("wb") as plain:
-        sources = [_open(files.enter_context(p.open("rb")), p, opened) for p in paths]
+    with mean.open("wb") as plain:
+        sources = [_open(ClosedFile(p), p, opened) for p in paths]
         factors = [_clip_factor(source, opened) for source in sources]
         for a, b in blocks(0, layout.values, ROBUST_BLOCK):
             stack = np.stack([s.values(a, b) * np.float32(f) for s, f in zip(sources, factors, strict=True)])
@@ -79,6 +80,25 @@ def robust_finish(folder: Path, opened: RoundOpen, base: Path, out: Path, *, rul
         return apply_mean(mean, ones, opened, base, out, rate, len(paths), stretch=STRETCH)
     finally:
         mean.unlink(missing_ok=True)
+
+
+class ClosedFile:
+    """A file to read from that is open only while it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._at = path, 0
+
+    def seek(self, at: int) -> int:
+        """Where the next `read` begins."""
+        self._at = at
+        return at
+
+    def read(self, count: int) -> bytes:
+        """The next bytes, fewer at the end."""
+        with self._path.open("rb", buffering=0) as file:
+            data = os.pread(file.fileno(), count, self._at)
+        self._at += len(data)
+        return data
 
 
 def _open(file: Any, path: Path, opened: RoundOpen) -> Source:

@@ -83,6 +83,13 @@ class Finished:
     clip_after: float = 0.0
 
 
+def not_finished(error: Exception) -> Finished:
+    """The sum was not published because of this; where a file failed, its path stays here."""
+    if isinstance(error, OSError):
+        return Finished(reason=f"the sum could not be finished: {error.strerror}")
+    return Finished(reason=str(error))
+
+
 @dataclass(frozen=True, slots=True)
 class Cancelled:
     """The operator stops the round."""

@@ -153,16 +153,63 @@ BAD = {
     "positions beyond": lambda u: encode_update({"b#i": np.array([9], np.uint32), "b#v": np.ones(1, np.float32)}),
     "positions twice": lambda u: encode_update({"b#i": np.array([1, 1], np.uint32), "b#v": np.ones(2, np.float32)}),
     "positions alone": lambda u: encode_update({"b#i": np.array([1], np.uint32)}),
+    "values alone": lambda u: encode_update({"b#v": np.ones(3, np.float32)}),
+    "a tensor twice": lambda u: encode_update({**u, "b#i": np.array([1], np.uint32), "b#v": np.ones(1, np.float32)}),
+    "positions of another type": lambda u: encode_update(
+        {"b#i": np.array([1], np.int32), "b#v": np.ones(1, np.float32)}
+    ),
 }
 
 
+@pytest.mark.parametrize("encoding", ["float32", "topk"])
 @pytest.mark.parametrize("kind", BAD)
-def test_a_bad_update_is_refused_and_leaves_the_sum_alone(tmp_path, kind):
-    opened, updates = _opened(), _updates(2)
+def test_a_bad_update_is_refused_and_leaves_the_sum_alone(tmp_path, kind, encoding):
+    opened, updates = _opened(encoding=encoding, keep=0.5), _updates(2)
     good, bad = _stage(tmp_path, 0, encode_update(updates[0])), _stage(tmp_path, 1, BAD[kind](updates[1]))
     _, refused = aggregate.fold(tmp_path, opened, [good, bad])
     assert [r.device for r in refused] == ["dev-1"]
     assert np.array_equal(_sum(tmp_path, opened), _expected(opened, updates[:1], [1]))
+
+
+@pytest.mark.parametrize(
+    ("encoding", "keep", "kept", "good"),
+    [
+        ("float32", 1.0, 1, False),
+        ("int8", 1.0, 1, False),
+        ("randomk", 0.3, 99, False),  # the places are the round's, not the device's
+        ("topk", 0.3, 99, True),
+        ("topk", 0.3, 100, False),
+        ("topk", 0.001, 1, True),
+    ],
+)
+def test_chosen_coordinates_are_taken_where_the_round_asks_for_them_and_only_so_many(
+    tmp_path, encoding, keep, kept, good
+):
+    opened = _opened(encoding=encoding, keep=keep)
+    raw = encode_update({"a#i": np.arange(kept, dtype=np.uint32), "a#v": np.ones(kept, np.float32)})
+    checkpoint, refused = aggregate.fold(tmp_path, opened, [_stage(tmp_path, 0, raw)])
+    assert (len(checkpoint.taken), len(refused)) == (int(good), int(not good))
+    assert good or "coordinates" in refused[0].reason
+
+
+def test_a_sparse_update_takes_eight_bytes_a_kept_coordinate_and_a_dense_one_a_block(tmp_path):
+    import tracemalloc
+
+    size = 2_000_000
+    plan = RoundPlan(
+        round=1, model="m", base=bytes(32), base_bytes=1, tensors=(["w", [size]],), encoding="topk", keep=0.25
+    )  # fmt: skip
+    opened, kept = announcement(plan, 2, 0.0), size // 4
+    raw = encode_update({"w#i": np.arange(0, size, 4, dtype=np.uint32), "w#v": np.ones(kept, np.float32)})
+    staged = _stage(tmp_path, 0, raw)
+    del raw
+    tracemalloc.start()
+    with staged.path.open("rb") as file:
+        source = update_files.open_source(file, staged.path.stat().st_size, opened)
+        held, _ = tracemalloc.get_traced_memory()
+        assert source.values(4, 12).tolist() == [1, 0, 0, 0, 1, 0, 0, 0]
+    tracemalloc.stop()
+    assert held < 10 * kept
 
 
 def test_an_update_above_the_clip_is_scaled_down_to_it(tmp_path):
@@ -259,3 +306,30 @@ def test_a_robust_rule_over_updates_at_the_clip_is_published_though_longer_than_
     assert robust_sum.keep(tmp_path, opened, staged) == []
     result = robust_sum.robust_finish(tmp_path, opened, _base(tmp_path), tmp_path / "out", rule=rule)
     assert 1.1 < result.norm < robust_sum.STRETCH
+
+
+@pytest.fixture
+def few_files():
+    """A process that may have few open files."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, hard), hard))
+    yield 300
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_more_devices_than_open_files_are_folded_and_judged(tmp_path, few_files):
+    opened = announcement(
+        RoundPlan(round=1, model="m", base=b"b" * 32, base_bytes=1, tensors=ROWS, clip=50.0), few_files, 0.0
+    )
+    updates = _updates(3)
+    staged = [_stage(tmp_path, i, encode_update(updates[i % 3], {"of": i})) for i in range(few_files)]
+    checkpoint, refused = aggregate.fold(tmp_path, opened, staged)
+    assert (len(checkpoint.taken), refused) == (few_files, [])
+    assert robust_sum.keep(tmp_path, opened, staged) == []
+    base = _base(tmp_path)
+    result = robust_sum.robust_finish(tmp_path, opened, base, tmp_path / "out", rule="median")
+    assert result.devices == few_files
+    new = decode_update((tmp_path / "out").read_bytes(), max_bytes=1 << 20).tensors
+    assert np.allclose(_flat(new), np.median([_flat(u) for u in updates], axis=0), atol=1e-6)
