@@ -17,7 +17,7 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 from edgepriv import files
-from edgepriv.errors import EdgeprivError, RefusedError, WireError
+from edgepriv.errors import DataError, EdgeprivError, RefusedError, TemporaryError, WireError
 from edgepriv.federated.privacy import next_clip
 from edgepriv.wire import cbor
 from edgepriv.wire import rounds as wire_rounds
@@ -28,6 +28,7 @@ from gateway.aggregate import Staged
 from gateway.cohorts import Parts
 from gateway.parted import PartedRound, cohorts_of
 from gateway.round_ports import DropUpload, OpenUpload, Outgoing, RoundStore, Tell
+from gateway.round_start import check_plan
 from gateway.rounds import ENDED, Round
 from gateway.weights import Weights
 
@@ -68,7 +69,7 @@ class Conductor(Weights):
         """Start a round.
 
         Raises:
-            ConfigError: the plan's arithmetic could overflow.
+            ConfigError: the plan's arithmetic could overflow, or every device would decline it.
             RefusedError: its number was used, its base is not here, or it would pass the privacy budget.
         """
         self._check_new(plan)
@@ -130,7 +131,8 @@ class Conductor(Weights):
         return self._flushed(self.parts.carry_out(parent, parent.start(), now))
 
     def _check_new(self, plan: RoundPlan) -> None:
-        if plan.round in self.rounds or any(r["round"] >= plan.round for r in self.store.records()):
+        check_plan(plan)
+        if plan.round in self.rounds or self.store.last().get("round", -1) >= plan.round:
             raise RefusedError(f"round {plan.round} is not new: a new attempt is a new number")
         if not self.model_path(plan.base).exists() or (plan.reference and not self.model_path(plan.reference).exists()):
             raise RefusedError("the round's base weights, or its reference update, are not here")
@@ -278,14 +280,8 @@ class Conductor(Weights):
         from gateway.accounting import spent_epsilon
 
         names = (
-            "noise",
-            "noise_multiplier",
-            "participation",
-            "sample_share",
-            "population",
-            "adaptive_clip",
-            "clip_noise",
-        )
+            "noise", "noise_multiplier", "participation", "sample_share", "population", "adaptive_clip", "clip_noise",
+        )  # fmt: skip
         now: dict[str, Any] = {name: getattr(plan, name) for name in names}
         if isinstance(current, PartedRound):
             now["invited"] = sum(len(part.members) for part in current.parts.values())
@@ -384,7 +380,10 @@ class Conductor(Weights):
         pending = self._pending.pop(current.plan.key, {})
         if not pending:
             return []
-        refused = self._add(current, list(pending.values()))
+        try:
+            refused = self._add(current, list(pending.values()))
+        except DataError as error:  # the durable sum cannot be read: nobody knows any more who is in it
+            return self.event(current, round_events.Cancelled(str(error)), now)
         reasons = {(r.device, r.digest): r.reason for r in refused}
         out: list[Outgoing] = []
         for device, digest in pending:
@@ -443,8 +442,10 @@ class Conductor(Weights):
             else:
                 result = self._finish_sum(current, folder, base, out)
             return self.publish(plan, result, out, 0.0 if plan.part else self.spent(current))
-        except EdgeprivError as error:
-            return round_events.Finished(reason=str(error))
+        except TemporaryError:
+            raise  # the store is away: the whole turn is done again
+        except (EdgeprivError, OSError) as error:
+            return round_events.not_finished(error)
 
     def publish(self, plan: RoundPlan, result: aggregate.Result, out: Path, epsilon: float) -> round_events.Finished:
         """Put finished weights (or a partial sum) where they are fetched from."""

@@ -33,7 +33,7 @@ from gateway.downlink import Downlink
 from gateway.health import HealthServer
 from gateway.ingest import Handled, Ingest
 from gateway.metrics import Metrics
-from gateway.models import Models
+from gateway.models import HELD, Models
 from gateway.presence import Presence
 from gateway.rollout import Plan
 from gateway.root import QUESTION, root_of
@@ -97,7 +97,9 @@ class Gateway:
         self.desk = Desk(store, self.roster, self.downlink, self.models)
         self._put_back: list[tuple[str, Any]] = []
         settings = dict(config.rounds)
-        self.rounds = RoundDriver(store, self.roster, self.transfers, settings, self._put_later, clock)
+        self.rounds = RoundDriver(
+            store, self.roster, self.transfers, settings, self._put_later, clock, lambda: link.max_packet_bytes
+        )
         self.desk.weights = self.rounds.weights
         self.desk.add(QUESTION, {"gateway"}, self.rounds.root.answer)
         self.desk.add("reference", {"risk", "device"}, self.rounds.references.answer)
@@ -374,7 +376,8 @@ class Gateway:
         options = {"name": args["name"], "version": args["version"], "only_judge": bool(args.get("only_judge"))}
         digest = self.models.add(path, **options, actor=actor, now=now)
         (added,) = [m for m in self.models.listed(now) if m["digest"] == digest]
-        return {"digest": digest, "id": added["id"], "version": added["version"]}
+        held = added["state"] == HELD
+        return {"digest": digest, "id": added["id"], "version": added["version"], "held": held}
 
     def _with_model(self, args: dict[str, Any], change: Callable[[bytes], None]) -> dict[str, Any]:
         digest = self.models.find(args["model"])

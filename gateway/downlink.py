@@ -1,7 +1,8 @@
 """What goes back to the parties: acknowledgements and grants first, then the chunks that they asked for.
 
 Rules: a message is sealed when it leaves, under the party's current session. The queue is bounded; what does not fit
-is dropped and counted, because every party repeats what it still waits for. Chunks are made when there is room on the
+is dropped and counted, because every party repeats what it still waits for; a message that is larger than the broker's
+packets is dropped likewise and logged, and holds up nobody. Chunks are made when there is room on the
 link, so a fetch of any size costs one row here. Requests of several parties take turns, and only ``MAX_STREAMS``
 downloads are served at a time: what a party has not taken yet lies in the broker's memory, so the broker's queue is
 bounded by ``MAX_STREAMS`` windows however many devices want the same weights. A download gives its place back shortly
@@ -11,6 +12,7 @@ devices do not hold up the rest; the others wait in the order in which they aske
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import OrderedDict, deque
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from edgepriv.mqtt import Link
     from gateway.sessions import Sessions
 
+log = logging.getLogger("gateway.downlink")
 MAX_QUEUED = 20_000
 MAX_FETCH_CHUNKS = 256
 MAX_FETCHES_PER_PARTY = 8
@@ -133,11 +136,20 @@ class Downlink:
         while self._link.connected:
             if self._ready is None:
                 self._ready = self._next()
+            if self._ready is not None and len(self._ready[1]) > self._link.max_packet_bytes:
+                self._drop_ready(*self._ready)
+                continue
             if self._ready is None or not self._link.send(*self._ready):
                 break
             self._ready = None
             self.sent += 1
         return self.sent - before
+
+    def _drop_ready(self, topic: str, payload: bytes) -> None:
+        limit = self._link.max_packet_bytes
+        log.error("a message of %d bytes for %s is over the broker's limit of %d", len(payload), topic, limit)
+        self._ready = None
+        self.dropped += 1
 
     def _next(self) -> tuple[str, bytes] | None:
         while self._queue:
@@ -146,7 +158,13 @@ class Downlink:
         self._unpark()
         while self._serving:
             key, serving = next(iter(self._serving.items()))
-            chunk = Chunk(serving.ref, serving.following, self._read(serving))
+            try:
+                chunk = Chunk(serving.ref, serving.following, self._read(serving))
+            except OSError as error:  # deleted since: weights of a round long past
+                log.warning("cannot read what %s fetches: %s", key[0], error)
+                del self._serving[key]
+                self.dropped += 1
+                continue
             serving.following += 1
             self._serving.move_to_end(key)
             if key[:2] in self._streams:

@@ -24,6 +24,7 @@ from gateway.references import References, sender_names
 from gateway.root import Root, shard_names
 from gateway.round_plan import RoundPlan
 from gateway.round_ports import DropUpload, OpenUpload, Tell
+from gateway.round_start import check_packets
 from gateway.sampling import choose_devices
 from gateway.store import unpack
 from gateway.transfers import PARTIAL, Transfer
@@ -144,8 +145,10 @@ class RoundDriver:
         settings: dict[str, Any],
         put: Callable[[str, Any], None],
         clock: Callable[[], float],
+        packet_bytes: Callable[[], int] = lambda: MAX_WEIGHTS_BYTES,
     ) -> None:
         self._store, self._roster, self._transfers, self._put, self._clock = store, roster, transfers, put, clock
+        self._packet_bytes = packet_bytes
         self.settings = check_settings(settings)
         self._pruned, self._not_started = -1, ""
         shard_names(self.settings)
@@ -322,12 +325,16 @@ class RoundDriver:
         if settings.get("rule") == "fltrust":
             found = self.references.current(head["digest"], now)
             settings |= {"reference": found.update, "reference_by": found.sender}
+        if changes.get("devices"):  # chosen by hand: nothing was drawn, so nothing is amplified
+            settings |= {"participation": "all", "sample_share": 1.0}
         plan = self._plan(settings, head, len(devices))
-        if not changes.get("devices"):
-            devices = choose_devices(devices, plan.participation, plan.sample_share)
+        self._open(plan, choose_devices(devices, plan.participation, plan.sample_share), now)
+        return plan.round
+
+    def _open(self, plan: RoundPlan, devices: list[str], now: float) -> None:
+        check_packets(plan, devices, self._packet_bytes())
         with self._store.batch():
             self._carry_out(self.conductor.open_round(plan, devices, now))
-        return plan.round
 
     def _start_sharded(self, settings: dict[str, Any], head: dict[str, Any], names: tuple[str, ...], now: float) -> int:
         plan = self._plan(settings, head, 0)
@@ -406,8 +413,7 @@ class RoundDriver:
         chosen = choose_devices(devices, plan.participation, plan.sample_share)
         if not chosen:
             raise RefusedError("no device of this shard has been heard lately")
-        with self._store.batch():
-            self._carry_out(self.conductor.open_round(plan, chosen, now))
+        self._open(plan, chosen, now)
 
     def leave_part(self, running_at_root: int, now: float) -> None:
         """Stop a part whose round the root no longer runs."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 from edgepriv.errors import ConfigError
 
@@ -41,7 +42,16 @@ class LocalRecipe:
     carries_momentum: bool = False
 
     def __post_init__(self) -> None:
-        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+        for name in ("batch_size", "epochs"):
+            if not isinstance(getattr(self, name), Integral) or isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be a whole number, not {getattr(self, name)!r}")
+        for name in ("learning_rate", "momentum", "weight_decay", "proximal_mu"):
+            if not isinstance(getattr(self, name), Real) or not math.isfinite(getattr(self, name)):
+                raise ConfigError(f"{name} must be a finite number, not {getattr(self, name)!r}")
+        for name in ("shares_statistics", "carries_momentum"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}")
+        if self.learning_rate <= 0:
             raise ConfigError(f"learning_rate must be positive, not {self.learning_rate}")
         if self.batch_size < 1 or self.epochs < 1:
             raise ConfigError("batch_size and epochs must be at least 1")
@@ -49,7 +59,7 @@ class LocalRecipe:
             raise ConfigError(f"momentum must be in [0, 1), not {self.momentum}")
         if self.weight_decay < 0 or self.proximal_mu < 0:
             raise ConfigError("weight_decay and proximal_mu must not be negative")
-        if self.batch_normalisation not in {"batch", "frozen"}:
+        if self.batch_normalisation not in ("batch", "frozen"):
             raise ConfigError(f"batch_normalisation must be batch or frozen, not {self.batch_normalisation!r}")
 
     def steps(self, n_images: int) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from gateway_site import Device, Site
 
-from edgepriv.wire.messages import Fetch
+from edgepriv.wire.messages import Ack, Fetch, RoundMessage
 from edgepriv.wire.update import encode_update
 from gateway.downlink import IDLE_S, LINGER_S, MAX_STREAMS, TURN_S
 
@@ -95,3 +95,31 @@ def test_slow_devices_give_their_places_to_those_that_wait(fleet):
         fleet.now += TURN_S / 4
         fleet.ask(slow, WINDOW)
     assert min(fleet.chunks()[: 2 * MAX_STREAMS]) >= WINDOW
+
+
+def test_a_message_above_the_packet_limit_is_dropped_counted_and_logged_and_holds_up_nobody(fleet, caplog):
+    downlink, (one, other, *_) = fleet.gateway.downlink, fleet.devices
+    fleet.gateway.link.max_packet_bytes = 16_384
+    downlink.put(one.name, RoundMessage(1, "cohort", b"x" * 20_000))
+    downlink.put(other.name, Ack(b"1" * 32, "stored", ""))
+    fleet.turn()
+    assert other.acks[b"1" * 32].outcome == "stored"
+    assert (downlink.waiting, downlink.dropped, one.other) == (0, 1, [])
+    assert "over the broker's limit of 16384" in caplog.text
+    downlink.put(one.name, Ack(b"2" * 32, "stored", ""))
+    fleet.turn()
+    assert one.acks[b"2" * 32].outcome == "stored", "what comes after a dropped message is still opened"
+
+
+def test_weights_that_are_deleted_while_they_are_fetched_hold_up_nobody(fleet):
+    fleet.ask(fleet.devices[:1], 0)
+    fleet.gateway.link.refuse = True
+    fleet.gateway.downlink.close()
+    fleet.ask(fleet.devices[1:2], 0)
+    for path in fleet.gateway.rounds.conductor.models.iterdir():
+        path.unlink()
+    fleet.gateway.downlink.close()
+    fleet.gateway.link.refuse = False
+    for _ in range(3):
+        fleet.turn()
+    assert fleet.gateway.downlink.waiting == 0
