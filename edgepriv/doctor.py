@@ -6,6 +6,7 @@ Rules: a check never changes anything and never raises; what goes wrong inside i
 
 from __future__ import annotations
 
+import fcntl
 import json
 import platform
 import shutil
@@ -133,6 +134,34 @@ def certificate(path: Path | None, *, now: float) -> Finding:
         return Finding("certificate", FAILED, f"{path} expired {-left:.0f} days ago", RENEW)
     state = WARNING if left < CERTIFICATE_DAYS else OK
     return Finding("certificate", state, f"{left:.0f} days left", RENEW if state == WARNING else "")
+
+
+def in_use(state: Path, unit: str) -> bool:
+    """Whether a process holds the state folder's lock; the service manager is asked where the lock cannot be read."""
+    try:
+        with (state / "lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except PermissionError:
+        return _systemctl("is-active", "--quiet", unit) is not None
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def unit_environment(unit: str) -> str:
+    """What a unit gives its service in the environment; empty where there is no such unit or no service manager."""
+    return _systemctl("show", "--property=Environment", "--value", unit) or ""
+
+
+def _systemctl(*words: str) -> str | None:
+    """What systemctl prints, or None where it says no or is not there."""
+    try:
+        done = subprocess.run(["systemctl", *words], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
 
 
 def crypto() -> Finding:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgepriv import doctor
 from edgepriv.doctor import FAILED, OK, SKIPPED, WARNING, Finding, guarded
 from edgepriv.keys import load_identity, load_public
+from gateway.console import as_state_owner, opened_store
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
     from gateway.config import Config
 
 DAY_S = 86_400
+UNIT, PAGES_UNIT = "edgepriv-gateway.service", "edgepriv-pages.service"
+KEYS = Path("/etc/edgepriv/keys")  # hidden from the unit of the pages
+MOVE = "install -o edgepriv-gateway -g edgepriv-gateway -m 600 {} /etc/edgepriv/secrets/, and name it there"
 
 
 def examine(config: Config, *, network: bool, running: bool) -> list[Finding]:
@@ -26,6 +31,7 @@ def examine(config: Config, *, network: bool, running: bool) -> list[Finding]:
         ("clock", doctor.clock, ""),
         ("disk", partial(doctor.disk, config.gateway.state, min_free_bytes=config.store.min_free_bytes), ""),
         ("key files", partial(doctor.private_files, keys), ""),
+        ("readable files", partial(_readable, config), ""),
         ("certificate", partial(doctor.certificate, config.broker.certificate, now=now), "is it a PEM certificate?"),
         ("crypto", doctor.crypto, "pip install 'edgepriv[gateway]'"),
         ("trust list", partial(_trust, config, now), "the owner signs a new one: edgepriv owner sign"),
@@ -52,23 +58,67 @@ def _trust(config: Config, now: float) -> Finding:
     return Finding("trust list", state, f"version {trust.version}, {days:.0f} days left", remedy)
 
 
-def _store(config: Config) -> Finding:
-    from gateway.daemon import open_store
+def _readable(config: Config) -> Finding:
+    """Can the service's own user read what gateway.toml names? Its unit hands over the two private keys only."""
+    public, private = _named(config)
+    with as_state_owner(config):
+        refused = [name for name, path in {**public, **private}.items() if _refused(path)]
+    for name in refused:
+        path, unit = {**public, **private}[name], PAGES_UNIT if name.startswith("[pages]") else UNIT
+        if not _handed_over(name, unit):
+            remedy = MOVE.format(path) if name in private else f"chmod 644 {path}"
+            return Finding("readable files", FAILED, f"the service may not read {path}, its {name}", remedy)
+    shipped = config.pages.port and doctor.unit_environment(PAGES_UNIT)
+    for name in ("[store] url_file", "[pages] key", "[pages] certificate", "[pages] client_ca") if shipped else ():
+        path = {**public, **private}.get(name, Path())
+        if KEYS in path.parents and not _handed_over(name, PAGES_UNIT):
+            text = f"{PAGES_UNIT} does not see {KEYS}, and so not {path}, its {name}"
+            return Finding("readable files", FAILED, text, MOVE.format(path))
+    return Finding("readable files", OK, f"the service may read the {len(public) + len(private)} that are named")
 
+
+def _named(config: Config) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Public and private files by the names of their settings, without what the unit hands over in any case."""
+    public = {
+        "[gateway] owner": config.gateway.owner, "[gateway] trust": config.gateway.trust,
+        "[broker] ca": config.broker.ca, "[broker] certificate": config.broker.certificate,
+        "[pages] certificate": config.pages.certificate, "[pages] client_ca": config.pages.client_ca,
+    }  # fmt: skip
+    private = {
+        "[store] url_file": config.store.url_file, "[outputs] webhook_secret": config.outputs.webhook_secret,
+        "[broker] password_file": config.broker.password_file, "[pages] key": config.pages.key,
+    }  # fmt: skip
+    return {k: v for k, v in public.items() if v}, {k: v for k, v in private.items() if v}
+
+
+def _refused(path: Path) -> bool:
+    try:
+        path.open("rb").close()
+    except PermissionError:
+        return True
+    except OSError:  # it is not there: the check that needs it says so
+        return False
+    return False
+
+
+def _handed_over(name: str, unit: str) -> bool:
+    """Whether the unit names another place itself, as for a credential."""
+    section, _, key = name.strip("[").partition("] ")
+    return f"EDGEPRIV_{section}__{key}=".upper() in doctor.unit_environment(unit)
+
+
+def _store(config: Config) -> Finding:
     if config.store.url_file is None and not (config.gateway.state / "gateway.db").is_file():
         return Finding("store", SKIPPED, "the gateway has not run yet")
-    store = open_store(config, create=False)
-    try:
+    with opened_store(config) as store:
         if store.database.kind == "sqlite":
             (answer,) = store.database.query("PRAGMA quick_check(1)")[0]
             if answer != "ok":
                 return Finding("store", FAILED, f"the database is damaged: {answer}", "restore a backup")
-        share = store.used_bytes / store.max_bytes
-    finally:
-        store.close()
+        kind, share = store.database.kind, store.used_bytes / store.max_bytes
     state = FAILED if share >= 1 else (WARNING if share > config.alerts.store_used_ratio else OK)
     remedy = "raise [store] max_bytes or erase old data" if state != OK else ""
-    return Finding("store", state, f"{store.database.kind}, {100 * share:.1f} % of its limit", remedy)
+    return Finding("store", state, f"{kind}, {100 * share:.1f} % of its limit", remedy)
 
 
 def _pages(config: Config) -> Finding:

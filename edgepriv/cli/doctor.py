@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from edgepriv.device.config import DeviceConfig
 
 DEFAULT_CONFIG = Path("/etc/edgepriv/device.toml")
+UNIT = "edgepriv-device.service"
 # The smallest model that runs on a picture: mean of each colour of an 8x8 image (ONNX opset 17, IR version 8).
 TINY_MODEL = base64.b64decode(
     "CAgSADplChkKAXgSAXAiEUdsb2JhbEF2ZXJhZ2VQb29sCg8KAXASAXkiB0ZsYXR0ZW4SBXByb2JlWhsKAXgSFgoUCAESEAoCCAEKAggDCgIICAoC"
@@ -39,7 +40,10 @@ TINY_MODEL = base64.b64decode(
 @click.option("--no-camera", is_flag=True, help="Do not open the camera.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def doctor(config_path: Path, no_network: bool, no_camera: bool, as_json: bool) -> None:
-    """Check clock, disk, keys, certificate, broker, crypto, inference and camera; exit 1 where something fails."""
+    """Check clock, disk, keys, certificate, broker, crypto, inference and camera; exit 1 where something fails.
+
+    While the device runs, its camera and its place at the broker are its own: these two are not checked then.
+    """
     from edgepriv import doctor as checks
     from edgepriv.device.config import load_config
 
@@ -72,16 +76,24 @@ def _checks(
         skipped = Finding("configuration", SKIPPED, f"{text}: only the machine was checked", remedy)
         return [*machine, ("configuration", lambda: skipped, "")]
     keys = [config.device.key, config.broker.key, config.broker.password_file]
+    running = checks.in_use(state, UNIT)
+    busy = "the device runs and has the {}; to check it here: systemctl stop edgepriv-device" if running else ""
+    camera_skipped = busy.format("camera") or ("" if camera else "not asked for")
+    broker_skipped = busy.format("connection") or ("" if network else "not asked for")
     return [
         *machine,
         ("key files", partial(checks.private_files, keys), ""),
         ("certificate", partial(checks.certificate, config.broker.certificate, now=time.time()), "is it PEM?"),
         ("trust list", partial(_trust, config), "fetch the owner's newest trust.cbor"),
         ("model", partial(_model, config), "set [model] path; model.toml stands beside the model"),
-        ("camera", partial(_camera, config, path, wanted=camera), "check [source]; is the camera plugged in and free?"),
+        (
+            "camera",
+            partial(_camera, config, path, skipped=camera_skipped),
+            "check [source]; is the camera plugged in and free?",
+        ),
         (
             "broker",
-            partial(_broker, config, wanted=network),
+            partial(_broker, config, skipped=broker_skipped),
             "is the broker up, and do its ACL and CA know this device?",
         ),
     ]
@@ -149,11 +161,11 @@ def _model(config: DeviceConfig) -> Finding:
     return Finding("model", OK, text)
 
 
-def _camera(config: DeviceConfig, path: Path, *, wanted: bool) -> Finding:
+def _camera(config: DeviceConfig, path: Path, *, skipped: str) -> Finding:
     from edgepriv.device.capture import open_source
 
-    if not wanted:
-        return Finding("camera", SKIPPED, "not asked for")
+    if skipped:
+        return Finding("camera", SKIPPED, skipped)
     options = {k: v for k, v in config.source.items() if k != "kind"}
     kind = str(config.source.get("kind", ""))
     source = open_source(kind, options, folder=path.resolve().parent, clock=time.time)
@@ -167,12 +179,12 @@ def _camera(config: DeviceConfig, path: Path, *, wanted: bool) -> Finding:
     return Finding("camera", OK, f"{kind} gives {width} x {height} pixels")
 
 
-def _broker(config: DeviceConfig, *, wanted: bool) -> Finding:
+def _broker(config: DeviceConfig, *, skipped: str) -> Finding:
     from edgepriv import doctor as checks
     from edgepriv.keys import load_identity
 
-    if not wanted:
-        return Finding("broker", SKIPPED, "not asked for")
+    if skipped:
+        return Finding("broker", SKIPPED, skipped)
     b = config.broker
     name = load_identity(config.device.key).name
     return checks.broker(b.url, name, tls=b.tls, username=b.username, password_file=b.password_file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -9,9 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from gateway_site import Broker, Site
 
 from edgepriv import doctor
+from edgepriv.cli import root as device_commands
+from edgepriv.cli.doctor import TINY_MODEL
+from edgepriv.device.loop import lock_state
+from gateway import doctor as gateway_doctor
 from gateway.config import load
 from gateway.doctor import examine
 
@@ -48,6 +54,119 @@ def test_each_fault_of_a_gateway_is_found_with_its_remedy(site):
     assert found["trust list"].state == "failed"
     assert found["broker"].state == "failed"
     assert all(f.remedy for f in found.values() if f.state == "failed")
+
+
+SERVICE = 23_456
+root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root can work for another user")
+
+
+@pytest.fixture
+def packaged(tmp_path):
+    """A site as a package leaves it: keys of root, a state folder of the service's user."""
+    made = Site(tmp_path / "site", pages={"tokens": "state/operators.toml", "port": 1})
+    (made.folder / "state").mkdir()
+    os.chown(made.folder / "state", SERVICE, SERVICE)
+    for folder in (tmp_path, *tmp_path.parents[:3]):
+        folder.chmod(folder.stat().st_mode | 0o001)
+    yield made
+    made.close()
+
+
+@root_only
+def test_the_doctor_of_root_leaves_nothing_of_root_in_the_services_folder(packaged):
+    assert packaged.cli("check").returncode == 0
+    found = {f.name: f for f in examine(load(packaged.config_path), network=False, running=False)}
+    assert (found["store"].state, found["readable files"].state) == ("ok", "ok"), found
+    made = list((packaged.folder / "state").rglob("*"))
+    assert made
+    assert {path.stat().st_uid for path in made} == {SERVICE}
+    assert os.geteuid() == 0
+
+
+@root_only
+@pytest.mark.parametrize(("section", "key"), [("store", "url_file"), ("outputs", "webhook_secret")])
+def test_a_secret_that_the_service_may_not_read_is_found_with_its_remedy(packaged, section, key):
+    packaged.settings[section] = {**packaged.settings.get(section, {}), key: "secret"}
+    packaged.write_config()
+    secret = packaged.folder / "secret"
+    secret.write_text("postgresql://edgepriv@127.0.0.1:1/none\n")
+    secret.chmod(0o600)
+
+    def found():
+        checks = examine(load(packaged.config_path), network=False, running=False)
+        return {f.name: f for f in checks}
+
+    refused = found()["readable files"]
+    assert (refused.state, f"[{section}] {key}" in refused.text) == ("failed", True)
+    assert "install -o edgepriv-gateway" in refused.remedy
+    assert found()["key files"].state == "ok"  # it is private enough
+    os.chown(secret, SERVICE, SERVICE)
+    assert found()["readable files"].state == "ok"
+    if key == "url_file" and importlib.util.find_spec("psycopg"):
+        importlib.import_module("psycopg")  # as root, where the libraries of the tests are root's
+        assert "cannot connect" in found()["store"].text  # it was read, as the service
+
+
+@root_only
+def test_a_certificate_that_the_service_may_not_read_is_found_too(packaged):
+    (packaged.folder / "gateway-main.key.pub").chmod(0o600)
+    (packaged.folder / "owner.key.pub").chmod(0o600)
+    found = {f.name: f for f in examine(load(packaged.config_path), network=False, running=False)}
+    assert found["readable files"].state == "failed"
+    assert found["readable files"].remedy == f"chmod 644 {packaged.folder / 'owner.key.pub'}"
+
+
+def test_what_the_pages_unit_does_not_see_is_found_and_what_a_drop_in_hands_over_is_not(site, monkeypatch):
+    hidden = site.folder / "keys" / "postgresql.url"
+    site.settings |= {"store": {"url_file": hidden}, "pages": {"port": 1}}
+    site.write_config()
+    monkeypatch.setattr(gateway_doctor, "KEYS", hidden.parent)
+    config = load(site.config_path)
+    given = {"": "ok", "ORT_DISABLE_TELEMETRY=1": "failed", "EDGEPRIV_STORE__URL_FILE=/run/x": "ok"}
+    for environment, state in given.items():
+        monkeypatch.setattr(doctor, "unit_environment", lambda _unit, said=environment: said)
+        assert gateway_doctor._readable(config).state == state
+
+
+def test_the_doctor_of_a_running_device_leaves_it_its_camera_and_its_connection(tmp_path):
+    site = Site(tmp_path)
+    model, state = tmp_path / "model" / "model.onnx", tmp_path / "cam1"
+    model.parent.mkdir()
+    model.write_bytes(TINY_MODEL)
+    model.with_name("model.toml").write_text('id = "probe"\nwidth = 8\nheight = 8\nlabels = ["r", "g", "b"]\n')
+    broker = Broker(tmp_path, site.port)
+    config = tmp_path / "device.toml"
+    config.write_text(
+        f"""[device]\nkey = "dev-cam1.key"\ntrust = "trust.cbor"\nowner = "owner.key.pub"\ngateway = "gateway-main"
+        state = "{state}"\n[broker]\nurl = "mqtt://127.0.0.1:{site.port}"\n[model]\npath = "model/model.onnx"
+        [source]\nkind = "simulated"\ndata = "digits"\nrows = [0]\nheight = 48\nwidth = 64\n"""
+    )
+
+    def looked():
+        result = CliRunner().invoke(device_commands, ["doctor", "--config", str(config), "--json"])
+        return {f["name"]: (f["state"], f["text"]) for f in json.loads(result.stdout)["findings"]}
+
+    alone = looked()
+    assert (alone["camera"], alone["broker"][0]) == (("ok", "simulated gives 64 x 48 pixels"), "ok")
+    assert not state.exists()
+    lock = lock_state(state)
+    broker.kill()  # whoever connected now would fail
+    running = looked()
+    os.close(lock)
+    assert running["camera"] == (
+        "skipped", "the device runs and has the camera; to check it here: systemctl stop edgepriv-device",
+    )  # fmt: skip
+    assert running["broker"][0] == "skipped"
+    assert looked()["broker"][0] == "failed"  # the lock is free again
+    site.close()
+
+
+def test_a_lock_that_may_not_be_read_leaves_the_question_to_the_service_manager(tmp_path, monkeypatch):
+    (tmp_path / "lock").touch()
+    monkeypatch.setattr(Path, "open", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    for said in ("", None):
+        monkeypatch.setattr(doctor, "_systemctl", lambda *_words, said=said: said)
+        assert doctor.in_use(tmp_path, "edgepriv-device.service") == (said is not None)
 
 
 def test_a_check_that_breaks_is_a_finding_and_no_crash():
