@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import socket
 import tempfile
 from concurrent.futures import Executor
 from pathlib import Path
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
     from edgepriv.risk.config import AuditSection
 
+KNOCK_S = 5.0
+
 
 class RayPool(Executor):
     """Tasks on the cluster. ``workers``: how many at a time it has room for, or as configured on this machine alone."""
@@ -37,6 +40,7 @@ class RayPool(Executor):
         processors = self.workers * self._threads
         options: dict[str, Any] = {"address": "local", "num_cpus": processors, "include_dashboard": False}
         try:
+            _knock(address)
             self._ray.init(**({"address": address} if address else options), log_to_driver=False)
         except Exception as error:  # Ray raises many types; none of them is the model's fault
             raise UnavailableError(f"no Ray cluster at {address or 'this machine'}: {error}") from error
@@ -80,6 +84,13 @@ def unpacked(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
             named = {field: place / name for field, (name, _) in files.items()}
             own.append(dataclasses.replace(argument, **named) if named else argument)
         return fn(*own, **kwargs)
+
+
+def _knock(address: str) -> None:
+    """Whether anybody listens where the cluster should be (OSError, ValueError): Ray itself waits for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon:
+        socket.create_connection((host, int(port)), timeout=KNOCK_S).close()
 
 
 def _ray() -> Any:
