@@ -25,6 +25,7 @@ from gateway.metrics import Metrics
 ROOT = Path(__file__).resolve().parent.parent.parent
 DEPLOY = ROOT / "deploy"
 TEXT = (DEPLOY / "README.md").read_text()
+POSTINST = (DEPLOY / "debian" / "postinst").read_text()
 
 
 def blocks(kind):
@@ -131,7 +132,13 @@ def test_dashboards_are_provisioned_by_the_data_source_that_is_there(path):
 
 
 @pytest.mark.parametrize(
-    "words", [["check", "rules", "alerts.yml"], ["test", "rules", "alerts.test.yml"]], ids=" ".join
+    "words",
+    [
+        ["check", "rules", "alerts.yml"],
+        ["test", "rules", "alerts.test.yml"],
+        ["check", "config", "--syntax-only", "prometheus.yml"],
+    ],
+    ids=" ".join,
 )
 def test_alert_rules_fire_when_they_should(words):
     if shutil.which("promtool") is None:
@@ -171,6 +178,63 @@ def test_every_service_of_ours_in_the_compose_file_is_locked_down(compose):
         assert service["security_opt"] == ["no-new-privileges:true"]
     for service in compose["services"].values():
         assert re.search(r":[\w.-]*\d", service["image"]), "a version, never latest"
+
+
+def test_prometheus_asks_only_what_always_runs_unless_the_operator_names_more(compose):
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    scraped = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
+    fixed = {t.split(":")[0] for job in scraped for group in job.get("static_configs", []) for t in group["targets"]}
+    always = {name for name, service in compose["services"].items() if "profiles" not in service}
+    assert fixed <= always
+    (files,) = [f for job in scraped for named in job.get("file_sd_configs", []) for f in named["files"]]
+    folder = files.rpartition("/")[0]
+    assert f"./site/targets:{folder}:ro" in compose["services"]["prometheus"]["volumes"]
+    for path in (DEPLOY / "prometheus" / "targets").iterdir():
+        assert re.fullmatch(files.rpartition("/")[2].replace("*", ".*"), path.name)
+        named = {t.split(":")[0] for group in yaml.safe_load(path.read_text()) for t in group["targets"]}
+        assert named <= set(compose["services"])
+        assert f"cp ../prometheus/targets/{path.name} site/targets/" in TEXT
+
+
+def test_every_private_file_of_the_compose_file_is_made_and_owned_in_the_document(compose):
+    for secret in compose["secrets"].values():
+        path = secret["file"].removeprefix("./")
+        assert f"> {path}" in TEXT, path
+        assert re.search(rf"chown \d+ {path}", TEXT), path
+    for folder in re.findall(r"\./(site/(?:secrets|targets))", "".join(compose["services"]["pages"]["volumes"])):
+        assert re.search(rf"mkdir -p .*{folder}", TEXT), folder
+
+
+def test_the_broker_of_the_compose_file_keeps_its_data_where_its_user_may_write(compose, tmp_path):
+    broker = compose["services"]["broker"]
+    shell, flag, script = broker["command"]
+    source, made = "/mosquitto/config/mosquitto.conf", tmp_path / "mosquitto.conf"
+    (place,) = [v.split(":")[1] for v in broker["volumes"] if v.startswith("broker-data:")]
+    script = script.replace(source, str(DEPLOY / "mosquitto" / "mosquitto.conf")).replace(
+        "/tmp/mosquitto.conf", str(made)
+    )
+    subprocess.run([shell, flag, script.replace("exec mosquitto", "exec true")], check=True, timeout=20)
+    before = (DEPLOY / "mosquitto" / "mosquitto.conf").read_text().splitlines()
+    changed = [new for old, new in zip(before, made.read_text().splitlines(), strict=True) if old != new]
+    assert changed == [f"persistence_location {place}/"]
+    assert place == "/mosquitto/data"  # what the image gives to its user
+    assert broker["tmpfs"] == ["/tmp"]
+
+
+def test_secrets_that_the_example_names_lie_where_every_unit_of_the_gateway_sees_them():
+    text = (DEPLOY / "examples" / "gateway.toml").read_text()
+    secrets = re.findall(r'^# (?:url_file|webhook_secret) = "(.+?)"', text, re.MULTILINE)
+    assert len(secrets) == 2
+    for name in secrets:
+        assert f"/etc/edgepriv/{name}" in TEXT
+        folder = f"/etc/edgepriv/{name}".rpartition("/")[0]
+        assert re.search(rf"^ *install -d .*-o edgepriv-gateway .*{folder}$", POSTINST, re.MULTILINE)
+        for unit in ("edgepriv-gateway", "edgepriv-pages"):
+            hidden = re.findall(
+                r"^InaccessiblePaths=(.+)$", (DEPLOY / f"systemd/{unit}.service").read_text(), re.MULTILINE
+            )
+            paths = [p.lstrip("-") for line in hidden for p in line.split()]
+            assert not [p for p in paths if f"/etc/edgepriv/{name}".startswith(p)], unit
 
 
 def test_what_the_compose_file_mounts_and_builds_is_there(compose):
