@@ -172,7 +172,11 @@ class RiskService:
             if path is None:
                 continue
             task = AuditTask(path, self.config.audit, self._pipelines, job.name)
-            self._running[job.digest] = self._pool.submit(run_task, task)
+            try:
+                self._running[job.digest] = self._pool.submit(run_task, task)
+            except Exception:  # a cluster that is gone: the restarted service joins it again, and no model pays
+                self.jobs.give_back(job.digest)
+                raise
             LOG.info("audit of %s begins", job.name)
 
     def _next(self) -> Job | None:
