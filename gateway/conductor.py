@@ -16,7 +16,7 @@ import random
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from edgepriv import files
+from edgepriv import files, primitives
 from edgepriv.errors import DataError, EdgeprivError, RefusedError, TemporaryError, WireError
 from edgepriv.federated.privacy import next_clip
 from edgepriv.wire import cbor
@@ -313,6 +313,8 @@ class Conductor(Weights):
             expected = (current.plan.round, current.plan.cohort, current.plan.base, device)
             if (advert.round, advert.cohort, advert.base, advert.device) != expected:
                 raise WireError("an advertisement is of another round or device")
+            for key in (advert.share_key, advert.mask_key):  # one that agrees on nothing would stop all other members
+                primitives.backend().x25519(primitives.random_bytes(32), key)
         if isinstance(body, Confirm):
             names = [current.cohort[i] for i in current.survivors]
             plan = current.plan

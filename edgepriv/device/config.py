@@ -83,15 +83,26 @@ class SpoolConfig:
 
 @dataclass(frozen=True, slots=True)
 class RoundsConfig:
-    """``[rounds]``: taking part in federated rounds. The floors are the device's own; no announcement lowers them."""
+    """``[rounds]``: taking part in federated rounds. The floors are the device's own; no announcement lowers them.
+
+    ``min_cohort``: fewest devices under one sum of masks. ``active_gateway``: the gateway may lie, so two thirds of a
+    cohort must agree on a sum and not half of it. ``colluders``: how many devices of a cohort are assumed to leave
+    out their share of the noise, at least.
+    """
 
     take_part: bool = True
     labels: Path | None = None
     max_samples: int = 2000
     min_samples: int = 8
-    min_cohort: int = 2
+    min_cohort: int = 32
     require_masks: bool = False
+    active_gateway: bool = False
+    colluders: int = 0
     epsilon_budget: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.min_cohort < 2 or not 0 <= self.colluders < self.min_cohort:
+            raise ConfigError("[rounds] min_cohort is 2 or more, and colluders are fewer than that")
 
 
 @dataclass(frozen=True, slots=True)

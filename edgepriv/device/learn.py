@@ -9,6 +9,7 @@ it is encoded; the outcome is a counter, its figures stay on the device.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections import Counter, OrderedDict
@@ -53,10 +54,19 @@ class Samples:
         self._labelled: OrderedDict[str, tuple[NDArray[np.float32], int]] = OrderedDict()
         self._waiting: OrderedDict[str, NDArray[np.float32]] = OrderedDict()
         self._max, self._file, self._read_to = max_samples, labels_file, 0
+        self._shape: tuple[int, ...] = ()
         self.bad_labels = 0
 
+    def clear(self) -> None:
+        """Forget all: another model makes other features."""
+        self._labelled.clear()
+        self._waiting.clear()
+
     def add(self, name: str, features: NDArray[np.float32], label: int | None) -> None:
-        """Keep one frame's features."""
+        """Keep one frame's features; features of another width are another model's, and what was kept goes."""
+        if features.shape != self._shape:
+            self.clear()
+            self._shape = features.shape
         if label is None:
             self._waiting[name] = features
             if len(self._waiting) > UNLABELLED_KEPT:
@@ -126,7 +136,10 @@ class Learner:
             trainable=trainable or ("head.*",),
             privacy="masked" if config.require_masks else "any",
             min_cohort=config.min_cohort,
+            active=config.active_gateway,
+            colluders=config.colluders,
             max_epsilon=config.epsilon_budget or None,
+            max_model_bytes=fetcher.max_bytes,
         )
         check = check or SelfCheckConfig()
         self._examples = check.examples
@@ -139,7 +152,9 @@ class Learner:
         self.metas = metas
         self._fetch: FetchModel | None = None
         self._adopt: tuple[bytes, int] | None = None
+        self._newest = b""  # of the objects in the fetcher's folder, the only one that stays
         self._load_head()
+        fetcher.forget(set())  # what an earlier process left there
 
     @property
     def _state_file(self) -> Path:
@@ -228,15 +243,53 @@ class Learner:
         self.samples.read_labels()
         self._carry_out(self.participant.tick(now))
         if self._fetch is not None:
-            path = self._fetcher.want(self._fetch.digest, self._fetch.size)
-            if path is not None:
-                number, self._fetch = self._fetch.round, None
-                self._carry_out(self.participant.model_ready(number, path.read_bytes()))
+            self._pull_base(self._fetch)
         if self._adopt is not None:
-            path = self._fetcher.want(*self._adopt)
-            if path is not None:
-                self._adopt_head(path.read_bytes(), self._adopt[0])
-                self._adopt = None
+            self._pull_result(*self._adopt)
+
+    def model_changed(self, trainable: tuple[str, ...]) -> None:
+        """Another model runs from now on: its features have nothing to do with those that were kept."""
+        self.samples.clear()
+        policy = replace(self.participant.policy, trainable=trainable or ("head.*",))
+        self.participant.policy = policy
+
+    def _pull_base(self, fetch: FetchModel) -> None:
+        try:
+            path = self._weights(fetch.digest, fetch.size)
+        except WireError as error:
+            self._fetch = None
+            self._carry_out(self.participant.model_refused(fetch.round, str(error)))
+            return
+        if path is not None:
+            self._fetch = None
+            raw = path.read_bytes()
+            self._keep_newest(fetch.digest)
+            self._carry_out(self.participant.model_ready(fetch.round, raw))
+
+    def _pull_result(self, digest: bytes, size: int) -> None:
+        try:
+            path = self._weights(digest, size)
+            if path is None:
+                return
+            self._adopt_head(path.read_bytes(), digest)
+            self._keep_newest(digest)
+        except WireError as error:
+            self.counters["weights_refused"] += 1
+            log.warning("new global weights are not usable: %s", error)
+        self._adopt = None
+
+    def _weights(self, digest: bytes, size: int) -> Path | None:
+        """The file of global weights when it is here; the head's own file where it is that (WireError: too large)."""
+        if digest == self.head_digest and self._head_file.is_file():
+            return self._head_file
+        return self._fetcher.want(digest, size)
+
+    def _keep_newest(self, digest: bytes) -> None:
+        """One file of weights stays, for the next round usually begins with it; all before it are used and go."""
+        for old in {self._newest, self.head_digest} - {b""}:
+            if old != digest or digest == self.head_digest:
+                self._fetcher.discard(old)
+        self._newest = digest if digest != self.head_digest else b""
 
     def _carry_out(self, actions: list[Action]) -> None:
         self._save()
@@ -245,6 +298,7 @@ class Learner:
                 case Send(message):
                     self._send(message)
                 case FetchModel():
+                    self._stop_pull()
                     self._fetch = action
                 case Upload(number, payload, meta, _):
                     self.metas[number] = meta
@@ -254,26 +308,57 @@ class Learner:
                         self._drop_upload(over)
                         self.metas.pop(over, None)
                     if self._fetch is not None and self._fetch.round == number:
-                        self._fetch = None
+                        self._stop_pull()
                     if adopt:
+                        if self._adopt is not None and self._adopt[0] != adopt:
+                            self._fetcher.drop(self._adopt[0])
                         self._adopt = (adopt, adopt_bytes)
+
+    def _stop_pull(self) -> None:
+        """The base is wanted no longer; what was pulled of it goes, unless it is a result that is to be adopted."""
+        fetch, self._fetch = self._fetch, None
+        if fetch is not None and (self._adopt is None or self._adopt[0] != fetch.digest):
+            self._fetcher.drop(fetch.digest)
 
     def _save(self) -> None:
         if self.participant.dirty:
             files.replace(self._state_file, self.participant.state(), mode=0o600)
 
-    def _adopt_head(self, raw: bytes, digest: bytes) -> None:
-        tensors = decode_update(raw, max_bytes=self._fetcher.max_bytes).tensors
-        if head.WEIGHT in tensors and head.BIAS in tensors:
-            self.head, self.head_digest = tensors, digest
+    def _adopt_head(self, raw: bytes, digest: bytes) -> bool:
+        """Take the head out of global weights, durably; False where they have none (WireError: one that is no head)."""
+        found = _head_of(decode_update(raw, max_bytes=self._fetcher.max_bytes).tensors)
+        if not found:
+            return False
+        if digest != self.head_digest:
             files.replace(self._head_file, raw)
+        self.head, self.head_digest = found, digest
+        return True
 
     def _load_head(self) -> None:
         if self._head_file.is_file():
-            import hashlib
-
             raw = self._head_file.read_bytes()
+            digest = hashlib.sha256(raw).digest()
             try:
-                self._adopt_head(raw, hashlib.sha256(raw).digest())
+                self.head_digest = digest  # it lies there already
+                good = self._adopt_head(raw, digest)
             except WireError:
+                good = False
+            if not good:
+                self.head_digest = b""
                 self._head_file.unlink()
+
+
+def _head_of(tensors: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
+    """Weight and bias of a softmax head, or nothing where the weights have none.
+
+    Raises:
+        WireError: they are not those of a head; no inference could use them.
+    """
+    if head.WEIGHT not in tensors or head.BIAS not in tensors:
+        return {}
+    weight, bias = tensors[head.WEIGHT], tensors[head.BIAS]
+    if weight.ndim != 2 or 0 in weight.shape or bias.shape != weight.shape[:1]:
+        raise WireError(f"a head of shapes {list(weight.shape)} and {list(bias.shape)}")
+    if weight.dtype != np.float32 or bias.dtype != np.float32:
+        raise WireError("a head that is not float32")
+    return {head.WEIGHT: weight.copy(), head.BIAS: bias.copy()}

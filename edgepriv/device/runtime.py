@@ -127,6 +127,8 @@ class DeviceRuntime:
             keeper.step(now)
         except OSError as error:
             self._disk(error)
+        if self.stages.learner is not None and keeper.inferer.digest != self.stages.inferer.digest:
+            self.stages.learner.model_changed(keeper.inferer.spec.trainable)
         self.stages.inferer = keeper.inferer
 
     def _disk(self, error: OSError) -> None:

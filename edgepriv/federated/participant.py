@@ -13,11 +13,13 @@ Rules.
    device lets the others finish, which a threshold allows.
 5. The device charges its own privacy ledger when the upload is released, so an aborted round counts.
 6. A declined round says why; nothing here raises on what the gateway sends except WireError, which is counted.
+   Whatever goes wrong in training costs this device its part in the round and nothing else.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
     from edgepriv.wire.messages import RoundMessage
     from edgepriv.wire.trust import TrustList
 
+log = logging.getLogger(__name__)
+MAX_EPOCHS = 10_000  # an announcement must not keep a device busy for ever
 STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")
 EXPIRES_AFTER_DEADLINE_S = 60.0
 MAX_MODEL_BYTES = 512 << 20
@@ -192,7 +196,9 @@ class Participant:
             raise WireError("a step of a round that this device is not in")
         try:
             actions = [Send(m) for m in running.member.receive(body)]
-        except RefusedError as error:
+        except WireError:
+            raise
+        except EdgeprivError as error:
             self.counters["refused"] += 1
             return [] if running.uploaded else self._sit_out(running, str(error))
         return [*actions, *self._advance()]
@@ -210,6 +216,11 @@ class Participant:
         running.weights = weights
         return self._advance()
 
+    def model_refused(self, round_number: int, reason: str) -> list[Action]:
+        """The global weights cannot be had: this device sits the round out."""
+        running = self._running
+        return self._sit_out(running, reason) if running and running.opened.round == round_number else []
+
     def tick(self, now: float) -> list[Action]:
         """Give up a round whose deadline is well past: the gateway's result may never come."""
         running = self._running
@@ -224,8 +235,9 @@ class Participant:
             return [self._answer]  # the announcement is repeated until the gateway has an answer
         if opened.round == self._last_round:
             return [self._join(opened, accept=False, reason="restarted: this device sits the round out")]
-        if opened.round < self._last_round:
-            return []  # a second view of one round is never given
+        if opened.round < self._last_round:  # a gateway that was set back: a second view of a round is never given
+            reason = f"this device's last round is {self._last_round}, round {opened.round} is long past"
+            return [Send(rounds.step_message(opened.round, "join", rounds.Join(False, reason, b"")))]
         actions = self._sit_out(self._running, "a newer round was announced") if self._running else []
         if reason := self._objection(opened, now):
             self.counters["declined"] += 1
@@ -288,6 +300,9 @@ class Participant:
             return self._train(running)
         except EdgeprivError as error:
             return self._sit_out(running, str(error))
+        except Exception as error:  # a trainer's mistake, of any kind; its text may hold data and stays here
+            log.exception("training for round %d failed", running.opened.round)
+            return self._sit_out(running, f"training failed: {type(error).__name__}")
 
     def _train(self, running: _Running) -> list[Action]:
         opened = running.opened
@@ -355,13 +370,16 @@ def _recipe(opened: RoundOpen) -> LocalRecipe:
     if unknown := opened.training.keys() - known:
         raise WireError(f"unknown training setting {min(unknown)!r}"[:120])
     try:
-        return LocalRecipe(
+        recipe = LocalRecipe(
             **opened.training,
             trainable=tuple(row[0] for row in opened.tensors),
             shares_statistics=opened.statistics == "shared",
         )
     except TypeError as error:
         raise WireError("a training setting is of the wrong type") from error
+    if recipe.epochs > MAX_EPOCHS:
+        raise WireError(f"{recipe.epochs} epochs are over this device's limit of {MAX_EPOCHS}")
+    return recipe
 
 
 def _covered(update: LocalUpdate, opened: RoundOpen) -> LocalUpdate:

@@ -36,6 +36,9 @@ class Files:
     def want(self, digest, size):
         return self.path
 
+    def forget(self, keep):
+        """It has nothing else."""
+
 
 class Device:
     """A learner of one device with what it wants to send."""
