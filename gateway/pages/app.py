@@ -125,9 +125,9 @@ class Pages:
         return HTMLResponse(self._templates.get_template(template).render(shown), status_code=status)
 
     def _overview(self, _request: Request) -> dict[str, Any]:
-        figures = self.figures
+        figures, overview = self.figures, self.figures.overview()
         return {
-            "signature": figures.signature(), "overview": figures.overview(), "counts": figures.fleet_counts(),
+            "signature": overview["signature"], "overview": overview, "counts": figures.fleet_counts(),
             "running": figures.running(),
         }  # fmt: skip
 
@@ -155,8 +155,8 @@ class Pages:
         return {"totals": totals, "page": page}
 
     def _alerts(self, _request: Request) -> dict[str, Any]:
-        figures = self.figures
-        return {"signature": figures.signature(), "open": figures.open_alerts(), "past": figures.past_alerts()}
+        overview = self.figures.overview()
+        return {"signature": overview["signature"], "open": overview["alerts"], "past": self.figures.past_alerts()}
 
     def _audit(self, request: Request) -> dict[str, Any]:
         return {"page": self.figures.audit(whole_number(request.query_params.get("page"), 1))}

@@ -83,7 +83,10 @@ class Figures:
         return status
 
     def overview(self) -> dict[str, Any]:
-        """The two questions: is the fleet well, and is anything leaking?"""
+        """The two questions: is the fleet well, and is anything leaking?
+
+        ``signature`` changes when what an open page says of alerts, models and rounds is not true any more.
+        """
         now, alerts, models = self._clock(), self.open_alerts(), self.models()
         audits = round_audits(self._db, now)
         leaking = [f"{m['id']} {m['version']}: {m['verdict'][:MAX_WORD]}" for m in models if leaks(m)]
@@ -92,7 +95,7 @@ class Figures:
         unjudged_models = sum(unjudged(m, now) for m in models)
         unsure = [f"{unjudged_models} of {len(models)} models have no valid verdict"] if unjudged_models else []
         unsure += [audits.unsure] if audits.unsure else []
-        return {
+        told = {
             "alerts": alerts,
             "unwell": any(a["name"] not in LEAKS for a in alerts),
             "leaking": leaking,
@@ -101,11 +104,7 @@ class Figures:
             "audited_round": audits.number,
             "stale": self.status()["stale"],
         }
-
-    def signature(self) -> str:
-        """Changes when what an open page says of alerts, models and rounds is not true any more."""
-        told = json.dumps([self.overview(), self.past_alerts()[:1]], sort_keys=True)
-        return hashlib.sha256(told.encode()).hexdigest()[:16]
+        return {**told, "signature": _digest([told, self.past_alerts(1)])}
 
     # --- fleet --------------------------------------------------------------------------------------------
 
@@ -257,9 +256,9 @@ class Figures:
         """Alerts that are true now."""
         return self._alerts("cleared IS NULL ORDER BY severity, raised DESC LIMIT 200")
 
-    def past_alerts(self) -> list[dict[str, Any]]:
-        """Alerts that were cleared."""
-        return self._alerts("cleared IS NOT NULL ORDER BY cleared DESC LIMIT 100")
+    def past_alerts(self, limit: int = 100) -> list[dict[str, Any]]:
+        """Alerts that were cleared, the last one first."""
+        return self._alerts(f"cleared IS NOT NULL ORDER BY cleared DESC LIMIT {int(limit)}")
 
     def _alerts(self, where: str) -> list[dict[str, Any]]:
         columns = ("name", "subject", "severity", "text", "raised", "cleared")
@@ -275,6 +274,10 @@ class Figures:
         )
         listed = [{"at": r[0], "actor": r[1], "action": r[2], "detail": _shown(unpack(r[3]))} for r in rows]
         return Page(listed, number, pages, total)
+
+
+def _digest(told: Any) -> str:
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _literal(text: str) -> str:

@@ -75,13 +75,14 @@ class Live:
 
     def _document(self) -> dict[str, Any]:
         style, words = formats.state(self._figures.status())
+        overview = self._figures.overview()
         running = self._figures.running()
         if running:
             running["seconds"] = int(running["seconds"])
         return {
             "state": {"style": style, "text": words},
-            "signature": self._figures.signature(),
-            "alerts": len(self._figures.open_alerts()),
+            "signature": overview["signature"],
+            "alerts": len(overview["alerts"]),
             "round": running,
             **self._figures.fleet_counts(),
         }
