@@ -253,9 +253,12 @@ class ModelStore:
         """Give up what runs (if it still is ``tried``): the last good model runs again; returns what runs.
 
         Raises:
+            MissingFileError: nothing runs.
             RefusedError: nothing else may run. What runs stays, and on trial the reason is kept.
         """
         bad = tried or self.current
+        if not bad.name:
+            raise MissingFileError("no model is installed", hint="edgepriv model pull")
 
         def change(state: State) -> State:
             if self._current(state).attempt != bad.attempt:

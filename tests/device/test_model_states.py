@@ -2,6 +2,12 @@
 
 import dataclasses
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import onnxruntime as ort
@@ -171,7 +177,7 @@ def test_only_what_was_opened_is_confirmed_or_given_up(device):
     device.confirmed(1)
     device.install(2)
     opened = device.reread().current
-    Device.install(device, 3)
+    device.install(3)
     device.store.confirm(opened)
     assert device.store.report()["trial"]
     assert device.store.roll_back("it did not start", opened) == device.store.state.current
@@ -286,6 +292,62 @@ def test_a_runner_says_why_a_model_does_not_start():
     restored = Restored(1, b"", 0, ("carrier.onnx",), [np.frombuffer(b"no model", np.uint8).copy()])
     with pytest.raises(DataError, match="self-test: the model does not run: "):
         protected.runner(restored)
+
+
+CHILD = """
+import sys
+from pathlib import Path
+import numpy as np
+from edgepriv.device.models import ModelStore, Trust
+from edgepriv.device.verdicts import Release
+from edgepriv.errors import EdgeprivError
+from edgepriv.keys import load_identity
+folder = Path(sys.argv[1])
+known = [(folder / "issuer").read_bytes()], [(folder / "risk").read_bytes()]
+trust = Trust(*known, require_verdict=True, release=Release("argmax"))
+store = ModelStore(folder / "s", load_identity(folder / "device.key"), trust)
+def run(restored):
+    restored.wipe()
+    labels = iter([0] + list(np.load(folder / "labels.npy")))
+    return lambda x: np.eye(5)[[next(labels)]]
+print("ready", flush=True)
+for delivery in sorted(folder.glob("next-*"), reverse=True) * 100:
+    for permission in sorted(folder.glob(f"permission-{delivery.name[5:]}-*")):
+        try:
+            store.install(delivery, permission.read_bytes(), run, clock=lambda: 0.0, rss=lambda: 1)
+        except EdgeprivError:
+            pass
+"""
+
+
+def test_a_cut_of_power_at_any_point_of_renewals_and_refusals_leaves_the_confirmed_model_or_a_newer_one(tmp_path):
+    maker = Maker()
+    device = Device(maker, tmp_path)
+    device.store.identity.save(tmp_path / "device.key")
+    device.confirmed(1)
+    for version in (1, 2):
+        (tmp_path / f"next-{version}").write_bytes(maker.delivery(version))
+        (tmp_path / f"permission-{version}-0").write_bytes(b"garbage")
+        for number in range(1, 4):
+            renewed = maker.permission(version, device.store.identity, lasts=10_000 + number)
+            (tmp_path / f"permission-{version}-{number}").write_bytes(renewed)
+    (tmp_path / "issuer").write_bytes(maker.issuer.public.ed25519)
+    (tmp_path / "risk").write_bytes(maker.risk.public.ed25519)
+    np.save(tmp_path / "labels.npy", maker.labels)
+    rng, confirmed = random.Random(3), 1
+    for number in range(8):
+        child = subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path)], stdout=subprocess.PIPE)
+        assert child.stdout.readline() == b"ready\n"
+        time.sleep(rng.uniform(0, 0.1))
+        assert answers(device.reread(), maker)  # while the other process installs
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+        child.stdout.close()
+        (device.crash, device.start)[number % 2]()
+        assert answers(device.store, maker)
+        assert device.version >= confirmed
+        confirmed = confirmed if device.store.report()["trial"] else device.version
+        assert not list((device.store.folder / "versions").glob("*.part"))
 
 
 EVENTS = ("good", "bad", "garbage", "renewed", "crash", "start", "by hand", "older delivery")
