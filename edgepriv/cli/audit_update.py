@@ -176,9 +176,7 @@ def _bound_only(
         "bound_floor_db": record["floor_db"],
         "bound": record,
         "verdict": verdict,
-        "reason": reason.replace("this attack fails, but the", "no attack was run; the").replace(
-            "this attack fails and", "no attack was run;"
-        ),
+        "reason": reason,
         "about": "public images trained with the same recipe; nothing is said about the images behind this update",
         "caveat": ceiling.caveat,
     }
@@ -192,7 +190,7 @@ def _canaries(options: dict[str, Any], meta: dict[str, Any]) -> Canaries:
     if options["data"] is not None:
         images, labels = _pictures(options["data"], limit=options["n_images"])
         if options["public"] is None:
-            click.echo("no --public: the prior is the canaries' own and IIP is among them alone", err=True)
+            click.echo("no --public: judged by absolute figures, and nothing can be called contained", err=True)
             return canaries_alone(images, labels)
         return make_canaries(images, labels, *_pictures(options["public"]), seed=options["seed"])
     public, public_labels = _pictures(options["public"])
@@ -200,7 +198,8 @@ def _canaries(options: dict[str, Any], meta: dict[str, Any]) -> Canaries:
     n = options["n_images"] or (stated if isinstance(stated, int) and stated > 0 else 1)
     if len(public) < n + 2:
         raise DataError(f"{len(public)} public images are too few for {n} canaries", hint="--images")
-    return replace(canaries_alone(public[:n], public_labels[:n]), public=public[n:], public_labels=public_labels[n:])
+    alone = canaries_alone(public[:n], public_labels[:n])
+    return replace(alone, public=public[n:], public_labels=public_labels[n:], apart=True)
 
 
 def _pictures(spec: str, limit: int | None = None) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

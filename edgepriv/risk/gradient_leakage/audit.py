@@ -20,6 +20,7 @@ from edgepriv.risk.gradient_leakage.head_inversion import invert_head
 from edgepriv.risk.gradient_leakage.inversion import Attack, check_update, invert
 from edgepriv.risk.gradient_leakage.measures import score, train_features
 from edgepriv.risk.gradient_leakage.protections import ClippedNoise, NoProtection, update_norm
+from edgepriv.risk.gradient_leakage.verdict import AT_RISK, CONTAINED, LEAKS, Limits, judge, worse
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,8 +34,12 @@ if TYPE_CHECKING:
     from edgepriv.risk.gradient_leakage.measures import Features, Leakage
     from edgepriv.risk.gradient_leakage.protections import Protection
 
+__all__ = [
+    "AT_RISK", "CONTAINED", "LEAKS", "Canaries", "Limits", "UpdateAudit", "audit_round", "canaries_alone",
+    "canary_update", "judge", "judge_update", "make_canaries", "with_rounding",
+]  # fmt: skip
 FLOAT32_STEP = 2.0**-24
-LEAKS, AT_RISK, CONTAINED = "leaks", "at risk", "contained"
+MID_GREY = 0.5
 _NO_NOISE = np.random.default_rng(0)
 
 
@@ -48,7 +53,8 @@ class Canaries:
         public: float32 [m, c, h, w]: prior, pool of IIP, label inference.
         public_labels: int64 [m].
         features: phi, trained on the public images only.
-        apart: whether the public images are others than the canaries; else IIP is among the canaries alone.
+        apart: whether the public images are others than the canaries. If not, they are no prior: nothing but
+            mid-grey is known beforehand, and the verdict says so.
     """
 
     images: NDArray[np.float32]
@@ -62,14 +68,16 @@ class Canaries:
         """Return the same with some of the images."""
         return replace(self, images=self.images[rows], labels=self.labels[rows])
 
+    @property
+    def prior(self) -> NDArray[np.float32] | None:
+        """Public images as the attacker has them; ``None`` where the auditor has none but the canaries."""
+        return self.public if self.apart else None
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """When an update counts as leaking: the attack's own success, and how far the bound is above the prior."""
-
-    max_iip: float = 0.25
-    max_ssim: float = 0.5
-    max_bound_gain_db: float = 3.0
+    @property
+    def prior_image(self) -> NDArray[np.float32]:
+        """What anybody would guess [h, w, c]: the mean public image, or mid-grey."""
+        guess = np.full_like(self.images[0], MID_GREY) if self.prior is None else self.prior.mean(axis=0)
+        return np.asarray(guess.transpose(1, 2, 0), np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +106,11 @@ class UpdateAudit:
             "feature_distance": found.feature_distance,
             "prior_ssim": found.prior_ssim,
             "pool_size": found.pool_size,
+            "identified": found.identified,
+            "iip_chance": found.iip_chance,
+            "best_psnr_db": max(found.per_image_psnr_db),
+            "best_ssim": max(found.per_image_ssim),
+            "ssim_chance": found.ssim_chance,
             "images": found.n,
             "matching_loss": self.reconstruction.matching_loss,
             "statistics_loss": self.reconstruction.statistics_loss,
@@ -139,7 +152,7 @@ def make_canaries(
 
 
 def canaries_alone(images: NDArray[np.float32], labels: NDArray[np.int64]) -> Canaries:
-    """Return canaries without public images: the prior is their own, phi is the pixels, IIP is among them alone."""
+    """Return canaries without public images: the prior is mid-grey, phi is the pixels, IIP is among them alone."""
     return Canaries(images, labels, images, labels, _pixels, apart=False)
 
 
@@ -192,18 +205,18 @@ def judge_update(
         truth_labels=canaries.labels,
         pool_labels=canaries.public_labels[: len(pool)],
         features=canaries.features,
-        prior=canaries.public.mean(axis=0).transpose(1, 2, 0),
+        prior=canaries.prior_image,
     )
     ceiling = None
     if sigmas is not None:
         chosen = affordable_subspace(shape) if subspace is None else subspace
         jac = jacobian(
-            model, canaries.images, canaries.labels, recipe, canaries.public,
+            model, canaries.images, canaries.labels, recipe, canaries.prior,
             subspace=chosen, clients=clients, momentum=momentum, device=device,
         )  # fmt: skip
         shares = any(name.endswith(".running_mean") for name in update)
         ceiling = bound(jac, with_rounding(model.state_dict(), update, sigmas), shares_statistics=shares, clip=clip)
-    verdict, reason = judge(leakage, ceiling, limits or Limits())
+    verdict, reason = judge(leakage, ceiling, limits or Limits(), public=canaries.apart)
     return UpdateAudit(leakage, ceiling, found, verdict, reason)
 
 
@@ -220,20 +233,6 @@ def with_rounding(
         size = max(float((weight**2).mean()) ** 0.5, float(np.sqrt(np.mean(change.astype(np.float64) ** 2))), 1e-12)
         found[name] = float(np.hypot(sigma, FLOAT32_STEP * size / 12**0.5))
     return found
-
-
-def judge(leakage: Leakage | None, ceiling: Bound | None, limits: Limits) -> tuple[str, str]:
-    """Return the verdict and what it rests on."""
-    if leakage is not None and leakage.iip >= limits.max_iip and leakage.ssim > leakage.prior_ssim:
-        return LEAKS, f"the attack identifies {leakage.iip:.0%} of the canaries among {leakage.pool_size} images"
-    if leakage is not None and leakage.ssim >= limits.max_ssim and leakage.ssim > leakage.prior_ssim:
-        return LEAKS, f"the reconstructions reach SSIM {leakage.ssim:.2f} (the prior: {leakage.prior_ssim:.2f})"
-    if ceiling is not None and ceiling.psnr_db > ceiling.floor_db + limits.max_bound_gain_db:
-        gain = ceiling.psnr_db - ceiling.floor_db
-        return AT_RISK, f"this attack fails, but the bound leaves {gain:.1f} dB above what the prior alone gives"
-    if ceiling is None:
-        return AT_RISK, "this attack fails, and no bound was computed: one failed attack proves nothing"
-    return CONTAINED, "this attack fails and the bound is near what the prior alone gives"
 
 
 def audit_round(
@@ -309,15 +308,16 @@ def _stronger(
     limits: Limits,
     device: str,
 ) -> UpdateAudit:
-    """Return the audit of the attacker who leaves the statistics out, where that one sees more."""
+    """Return the audit of the attacker who leaves the statistics out, where its verdict is worse or it sees more."""
     blind = replace(attack, bn_weight=0.0)
     other = judge_update(
         model, sent, recipe, canaries, attack=blind, sigmas=None, clients=clients, limits=limits, device=device
     )
-    if other.leakage.psnr_db <= audit.leakage.psnr_db:
-        return audit
-    verdict, reason = judge(other.leakage, audit.ceiling, limits)
-    return replace(other, ceiling=audit.ceiling, verdict=verdict, reason=reason)
+    verdict, reason = judge(other.leakage, audit.ceiling, limits, public=canaries.apart)
+    other = replace(other, ceiling=audit.ceiling, verdict=verdict, reason=reason)
+    if verdict != audit.verdict:
+        return other if worse(verdict, audit.verdict) else audit
+    return other if other.leakage.psnr_db > audit.leakage.psnr_db else audit
 
 
 def canary_update(
@@ -363,7 +363,7 @@ def _attack(
     size = (shape[0], shape[1], shape[2], shape[3])
     if set(update) == {"head.weight", "head.bias"} and clients == 1:
         return invert_head(
-            model, update, recipe, size, attack, labels=canaries.labels, prior=canaries.public, device=device
+            model, update, recipe, size, attack, labels=canaries.labels, prior=canaries.prior, device=device
         )
     return invert(
         model,
@@ -372,7 +372,7 @@ def _attack(
         size,
         attack,
         labels=canaries.labels,
-        prior=canaries.public,
+        prior=canaries.prior,
         clients=clients,
         momentum=momentum,
         device=device,

@@ -41,6 +41,7 @@ CAVEAT = (
 MAX_JACOBIAN_BYTES = 4 << 30
 MAX_PIXELS = 1024
 SUBSPACE_PIXELS = 128
+UNIFORM_VARIANCE = 1 / 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,7 @@ def jacobian(
     images: NDArray[np.float32],
     labels: NDArray[np.int64],
     recipe: LocalRecipe,
-    public: NDArray[np.float32],
+    public: NDArray[np.float32] | None,
     *,
     subspace: int = 0,
     clients: int = 1,
@@ -109,7 +110,8 @@ def jacobian(
         images: the canaries [n, c, h, w] in 0..1, in the order of training.
         labels: [n].
         recipe: what the device does.
-        public: [m, c, h, w] images of the same kind, for the prior.
+        public: [m, c, h, w] images of the same kind, for the prior; ``None``: every value of 0..1 is as likely
+            (variance 1/12).
         subspace: 0 for every pixel; else only the ``subspace`` x ``subspace`` lowest DCT frequencies a channel.
         clients: the update is the mean over this many devices (an aggregate).
         momentum: buffers before the round, where the recipe carries them.
@@ -139,11 +141,20 @@ def jacobian(
     targets = nn.functional.one_hot(torch.from_numpy(labels).to(device), classes).float()
     released = _released(simulation, simulation.update(shifted, targets))
     groups = _differentiate(released, offsets)
-    flat = public.reshape(len(public), channels, -1).astype(np.float64) @ basis.T
-    prior = np.tile((flat.var(axis=0) + 1e-4).ravel(), len(images))
+    prior = np.tile(_prior_variance(public, channels, basis), len(images))
     norm = math.sqrt(sum(float((v.detach().double() ** 2).sum()) for v in released.values()))
     seconds = time.perf_counter() - began
     return Jacobian(groups, prior, len(images), channels * images.shape[2] * images.shape[3], subspace, seconds, norm)
+
+
+def _prior_variance(
+    public: NDArray[np.float32] | None, channels: int, basis: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return the variance of one image's coefficients [channels * kept] before anything is sent."""
+    if public is None:
+        return np.full(channels * len(basis), UNIFORM_VARIANCE)
+    flat = public.reshape(len(public), channels, -1).astype(np.float64) @ basis.T
+    return np.asarray((flat.var(axis=0) + 1e-4).ravel(), np.float64)
 
 
 def affordable_subspace(shape: tuple[int, ...]) -> int:

@@ -139,15 +139,19 @@ def with_head(backbone: nn.Module, weight: NDArray[np.float32], bias: NDArray[np
 
 def _figures(audit: UpdateAudit) -> dict[str, Any]:
     found = audit.leakage
-    seen = audit.verdict == "leaks"
     return {
         "psnr_db": found.psnr_db,
         "ssim": found.ssim,
         "prior_ssim": found.prior_ssim,
         "iip": found.iip,
         "pool_size": found.pool_size,
-        "verdict": "leaks" if seen else "this attack fails",
+        "verdict": _word(audit),
     }
+
+
+def _word(audit: UpdateAudit) -> str:
+    """The verdict on what the attack saw: no bound was computed here, so none is ever ``contained``."""
+    return "this attack fails" if audit.reason.startswith("this attack fails") else audit.verdict
 
 
 def _grid(unprotected: UpdateAudit, configured: UpdateAudit, canaries: Canaries) -> bytes:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 PSNR_CEILING_DB = 100.0
 SSIM_FLOOR = 0.05
+CHANCE_DRAWS = 399
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +50,15 @@ class Leakage:
         feature_distance: mean of 1 - cosine between features of reconstruction and truth.
         pool_size: chance level of IIP is one over this.
         n: images.
+        identified: how many reconstructions those of ``iip`` are.
+        iip_chance: how often as many are identified by chance: images drawn from the pool stand for the truths and
+            are matched in the same way; 1 where the pool holds fewer than there are truths.
+        ssim_chance: how often the best image's SSIM comes about in the same way.
         matched: row of the reconstruction that belongs to each truth.
         per_image_psnr_db: in the order of the truths.
+        per_image_ssim: the same.
+        per_image_prior_ssim: of the prior image with each truth.
+        per_image_prior_psnr_db: of the prior image with each truth.
     """
 
     psnr_db: float
@@ -65,8 +73,14 @@ class Leakage:
     feature_distance: float
     pool_size: int
     n: int
+    identified: int
+    iip_chance: float
+    ssim_chance: float
     matched: tuple[int, ...] = field(repr=False)
     per_image_psnr_db: tuple[float, ...] = field(repr=False)
+    per_image_ssim: tuple[float, ...] = field(repr=False)
+    per_image_prior_ssim: tuple[float, ...] = field(repr=False)
+    per_image_prior_psnr_db: tuple[float, ...] = field(repr=False)
 
     def record(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -98,29 +112,44 @@ def score(
         raise DataError(f"{reconstructed.shape} reconstructions cannot be compared with {truth.shape} truths")
     matched = match(reconstructed, truth)
     ordered = reconstructed[matched]
-    errors = ((ordered - truth) ** 2).reshape(len(truth), -1).mean(1)
-    per_image = np.minimum(PSNR_CEILING_DB, -10 * np.log10(np.maximum(errors, 1e-30)))
-    known = pool.mean(axis=0) if prior is None else prior
-    prior_scores = _pair_ssim(np.broadcast_to(known, truth.shape), truth)
+    errors, per_image = _errors(ordered, truth)
+    scores = _pair_ssim(ordered, truth)
+    known = np.broadcast_to(pool.mean(axis=0) if prior is None else prior, truth.shape)
+    prior_scores = _pair_ssim(known, truth)
     everything = np.concatenate([pool, truth])
     labels = np.concatenate([pool_labels, truth_labels])
-    hits, same, distance = _identified(features, ordered, everything, labels, len(pool))
+    nearest, same, distance = _identified(features, ordered, everything, labels, len(pool))
+    hits = nearest == len(pool) + np.arange(len(truth))
+    apart = _pixel_distances(ordered, everything)
+    chances = _chances(ordered, pool, nearest, apart, int(hits.sum()), float(scores.max()))
     return Leakage(
         psnr_db=float(per_image.mean()),
         mean_mse_psnr_db=float(min(PSNR_CEILING_DB, -10 * np.log10(max(float(errors.mean()), 1e-30)))),
-        ssim=float(_pair_ssim(ordered, truth).mean()),
+        ssim=float(scores.mean()),
         prior_ssim=float(prior_scores.mean()),
         rdlv=_rdlv(reconstructed, truth, prior_scores),
         iip=float(hits.mean()),
         iip_interval=wilson(int(hits.sum()), len(hits)),
-        iip_pixel=float(_nearest_pixel(ordered, everything, len(pool)).mean()),
+        iip_pixel=float((apart.argmin(1) == len(pool) + np.arange(len(truth))).mean()),
         iip_same_label=float(same.mean()),
         feature_distance=distance,
         pool_size=len(everything),
         n=len(truth),
+        identified=int(hits.sum()),
+        iip_chance=chances[0],
+        ssim_chance=chances[1],
         matched=tuple(int(i) for i in matched),
-        per_image_psnr_db=tuple(float(v) for v in per_image),
+        per_image_psnr_db=tuple(per_image.tolist()),
+        per_image_ssim=tuple(scores.tolist()),
+        per_image_prior_ssim=tuple(prior_scores.tolist()),
+        per_image_prior_psnr_db=tuple(_errors(known, truth)[1].tolist()),
     )
+
+
+def _errors(a: NDArray[np.float32], b: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the squared error of each image and its PSNR, capped."""
+    errors = ((a - b) ** 2).reshape(len(b), -1).mean(1)
+    return errors, np.minimum(PSNR_CEILING_DB, -10 * np.log10(np.maximum(errors, 1e-30)))
 
 
 def match(reconstructed: NDArray[np.float32], truth: NDArray[np.float32]) -> NDArray[np.int64]:
@@ -128,6 +157,30 @@ def match(reconstructed: NDArray[np.float32], truth: NDArray[np.float32]) -> NDA
     flat_r, flat_t = reconstructed.reshape(len(reconstructed), -1), truth.reshape(len(truth), -1)
     cost = ((flat_t[:, None] - flat_r[None]) ** 2).sum(-1)
     return np.asarray(linear_sum_assignment(cost)[1], np.int64)
+
+
+def _chances(
+    ordered: NDArray[np.float32],
+    pool: NDArray[np.float32],
+    nearest: NDArray[np.int64],
+    distances: NDArray[np.float64],
+    hits: int,
+    best: float,
+) -> tuple[float, float]:
+    """How often random images of the pool in place of the truths give as many hits, and as high an SSIM.
+
+    Reconstructions that know nothing do not hit with probability ``1 / pool``: matching picks the nearest truth for
+    each, some images are near to everything, and small pictures are easily alike.
+    """
+    if len(pool) < len(ordered):
+        return 1.0, 1.0
+    rng, as_many, as_clear = np.random.default_rng(0), 1, 1
+    for _ in range(CHANCE_DRAWS):
+        drawn = rng.choice(len(pool), len(ordered), replace=False)
+        truths, mine = linear_sum_assignment(distances[:, drawn].T)
+        as_many += int((nearest[mine] == drawn[truths]).sum() >= hits)
+        as_clear += int(_pair_ssim(ordered[mine], pool[drawn[truths]]).max() >= best)
+    return as_many / (CHANCE_DRAWS + 1), as_clear / (CHANCE_DRAWS + 1)
 
 
 def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -192,22 +245,23 @@ def _identified(
     everything: NDArray[np.float32],
     labels: NDArray[np.int64],
     first: int,
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_], float]:
-    """Return hits in the whole pool, hits among the same label, and the mean feature distance."""
+) -> tuple[NDArray[np.int64], NDArray[np.bool_], float]:
+    """Return the nearest image of the whole pool, hits among the same label, and the mean feature distance."""
     of_pool, of_mine = _unit(features(everything)), _unit(features(ordered))
     similarity = of_mine @ of_pool.T
     rows = np.arange(len(ordered))
     mine = similarity[rows, first + rows].copy()
-    hits = similarity.argmax(1) == first + rows
     other_label = labels[None, :] != labels[first:][:, None]
     same = np.where(other_label, -np.inf, similarity).argmax(1) == first + rows
-    return hits, same, float(1 - mine.mean())
+    return np.asarray(similarity.argmax(1), np.int64), same, float(1 - mine.mean())
 
 
-def _nearest_pixel(ordered: NDArray[np.float32], everything: NDArray[np.float32], first: int) -> NDArray[np.bool_]:
-    a, b = ordered.reshape(len(ordered), -1).astype(np.float64), everything.reshape(len(everything), -1)
-    distance = (a * a).sum(1)[:, None] - 2 * a @ b.T + (b.astype(np.float64) ** 2).sum(1)[None]
-    return np.asarray(distance.argmin(1) == first + np.arange(len(ordered)))
+def _pixel_distances(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return squared distances [len(a), len(b)]."""
+    flat_a, flat_b = a.reshape(len(a), -1).astype(np.float64), b.reshape(len(b), -1)
+    return np.asarray(
+        (flat_a * flat_a).sum(1)[:, None] - 2 * flat_a @ flat_b.T + (flat_b.astype(np.float64) ** 2).sum(1)[None]
+    )
 
 
 def _unit(rows: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -35,6 +35,7 @@ def update_html(audit: UpdateAudit, canaries: Canaries, title: str) -> str:
         ("PSNR of the attack", f"{found.psnr_db:.1f} dB"),
         ("SSIM of the attack", f"{found.ssim:.3f} (the prior alone: {found.prior_ssim:.3f})"),
         ("IIP", f"{found.iip:.2f} of {found.n} among {found.pool_size} images, 95 % in {_range(found.iip_interval)}"),
+        ("best reconstructed image", f"{max(found.per_image_psnr_db):.1f} dB, SSIM {max(found.per_image_ssim):.3f}"),
         ("RDLV", "undefined" if found.rdlv is None else f"{found.rdlv:.2f}"),
         ("attack took", f"{audit.reconstruction.seconds:.1f} s"),
     ]
@@ -44,21 +45,22 @@ def update_html(audit: UpdateAudit, canaries: Canaries, title: str) -> str:
         )
     table = "".join(f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in rows)
     caveat = "" if ceiling is None else f"<p>{escape(ceiling.caveat)}</p>"
+    columns = "canary | reconstruction" + (" | nearest public image" if canaries.apart else "")
     body = f"""<h1>{escape(title)}</h1>
 <p class="verdict {COLOUR_OF[audit.verdict]}"><strong>{escape(audit.verdict)}</strong>:
 {escape(audit.reason)}.</p><table>{table}</table>
-<h2>Pictures</h2><p>Canary, reconstruction, public image nearest to the reconstruction.</p>
-{figure(audit_grid(audit, canaries), "canary | reconstruction | nearest public image")}
+<h2>Pictures</h2><p>Canaries and what the attack made of them{", beside the nearest public image" * canaries.apart}.</p>
+{figure(audit_grid(audit, canaries), columns)}
 <h2>What this is not</h2><p>One attack with the stated budget on canaries: a failure of it is no proof.</p>{caveat}"""
     return document(title, body)
 
 
 def audit_grid(audit: UpdateAudit, canaries: Canaries) -> bytes:
-    """Return the matched grid of an audit as PNG bytes: original | reconstruction | nearest public image."""
-    truth = canaries.images.transpose(0, 2, 3, 1)
-    public = canaries.public.transpose(0, 2, 3, 1)
+    """Return the matched grid of an audit as PNG bytes: original | reconstruction | nearest public image, if any."""
     ordered = audit.reconstruction.images[list(audit.leakage.matched)]
-    columns = [truth, ordered, nearest_public(ordered, public)]
+    columns = [canaries.images.transpose(0, 2, 3, 1), ordered]
+    if canaries.prior is not None:
+        columns.append(nearest_public(ordered, canaries.prior.transpose(0, 2, 3, 1)))
     return grid_png([as_bytes(column[:MAX_SHOWN]) for column in columns])
 
 

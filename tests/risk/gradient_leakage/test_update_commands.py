@@ -63,6 +63,25 @@ def test_a_threshold_stops_a_build(made):
     assert done.exception.exit_code == 3
 
 
+def test_one_canary_without_public_pictures_stops_a_build_and_is_never_contained(tmp_path):
+    common = ("--model", "cnn-bn", "--weights", tmp_path / "w.safetensors")
+    _run("federated", "train", *common, "--fresh", "--data", "digits", "--images", 1, "--out", tmp_path / "u.upd",
+         "--canaries", tmp_path / "c.npz")  # fmt: skip
+    page = tmp_path / "a.html"
+    base = ("audit", "update", *common, "--update", tmp_path / "u.upd", "--data", tmp_path / "c.npz", "--json")
+    done = _run(*base, "--fail-on", "leaks", "--html", page)
+    assert isinstance(done.exception, RiskThresholdError)
+    record = json.loads(done.stdout)
+    assert record["attack"]["psnr_db"] > 40
+    assert record["verdict"] == "leaks"
+    assert "no public pictures were given" in record["reason"]
+    assert "nearest public" not in page.read_text()
+    blind = json.loads(_run(*base, "--attack", "fixed-bn", "--iterations", 1).stdout)
+    assert (blind["verdict"], "no public pictures" in blind["reason"]) == ("at risk", True)
+    needs = _run(*base, "--labels", "inferred", "--images", 1)
+    assert needs.exit_code == 0, needs.output
+
+
 def test_wrong_inputs_are_clear_errors(made, tmp_path):
     data = ("--data", made / "c.npz")
     assert isinstance(_audit(made, *data, model="cnn").exception, DataError)
