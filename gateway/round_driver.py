@@ -222,7 +222,7 @@ class RoundDriver:
         outcome, reason = "stored", ""
         try:
             self._carry_out(self.conductor.take_shard(transfer.round, transfer.party, path, now))
-        except (WireError, DataError) as error:
+        except (WireError, DataError, ConfigError) as error:
             outcome, reason = "rejected", str(error)[:400]
         self._transfers.drop(transfer)
         self._put(transfer.party, Ack(transfer.digest, outcome, reason))

@@ -23,7 +23,7 @@ from edgepriv.errors import DataError, WireError
 from edgepriv.federated.fixed_point import choose_ring, ring_of, signed, slack_of, value_bound
 from edgepriv.federated.noise import NoiseStream
 from edgepriv.wire import message
-from edgepriv.wire.rounds import RoundOpen
+from edgepriv.wire.rounds import RoundOpen, read_step, step_message
 from edgepriv.wire.update import encode_header, read_header
 from gateway import aggregate
 from gateway.aggregate import Checkpoint, Result, Staged, SumReader
@@ -135,14 +135,10 @@ class Partial:
         opened = message.decode(meta["opened"]) if isinstance(meta.get("opened"), bytes) else None
         if meta.get("kind") != "partial-sum" or not isinstance(opened, RoundOpen):
             raise WireError(f"{path.name} is not a partial sum")
-        match meta.get("taken"):
-            case [_, *_] as rows if all(
-                isinstance(row, list) and len(row) == 2 and isinstance(row[0], str) and type(row[1]) is int
-                for row in rows
-            ):
-                self.opened, self.taken = opened, [(str(name), int(stale)) for name, stale in rows]
-            case _:
-                raise WireError(f"{path.name} names no devices")
+        read_step(step_message(opened.round, "open", opened), up=False)  # its tensors and numbers are what they must be
+        self.opened, self.taken = opened, _names(meta.get("taken"))
+        if not 1 <= opened.survivors <= len(self.taken) <= opened.devices:
+            raise WireError(f"{path.name} names {len(self.taken)} devices, its announcement counts on other numbers")
         if [row[:3] for row in header["tensors"]] != [[SUM, "uint64", [masked_length(opened)]]]:
             raise WireError(f"{path.name} does not fit its announcement")
 
@@ -161,6 +157,21 @@ class Partial:
         self.file.seek(self.first + a * _WIDE.itemsize)
         raw = self.file.read((b - a) * _WIDE.itemsize)
         total += np.frombuffer(raw, _WIDE).astype(total.dtype)
+
+
+def _names(rows: Any) -> list[tuple[str, int]]:
+    """Devices and staleness of a partial sum, each once; raises WireError."""
+    match rows:
+        case [_, *_] if all(
+            isinstance(row, list) and len(row) == 2 and isinstance(row[0], str) and type(row[1]) is int and row[1] >= 0
+            for row in rows
+        ):
+            names = [(row[0], row[1]) for row in rows]
+        case _:
+            raise WireError("a partial sum names no devices")
+    if len(set(names)) < len(names):
+        raise WireError("a partial sum names a device twice")
+    return names
 
 
 def merge_partials(base: Path, partials: Sequence[Path], out: Path, *, rate: float = 1.0) -> Result:

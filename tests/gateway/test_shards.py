@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -14,8 +15,9 @@ from round_fleet import Fleet, fixed_trainer
 
 from edgepriv.errors import ConfigError, DataError, WireError
 from edgepriv.federated.fixed_point import Ring, decode_sum, quantise
-from edgepriv.wire.update import decode_update, encode_update
-from gateway.shards import merge_partials
+from edgepriv.wire import message
+from edgepriv.wire.update import decode_update, encode_header, encode_update, read_header
+from gateway.shards import Partial, merge_partials
 
 SIZE, EACH = 30, 5
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,3 +98,42 @@ def test_the_command_merges(shards):
 def test_rules_that_need_single_values_have_no_partial_sum(tmp_path):
     with pytest.raises(ConfigError, match="partial"):
         Fleet(tmp_path, []).plan({"w": np.zeros(3, np.float32)}, rule="median", publish="partial")
+
+
+LIES = {
+    "tensors that are none": ({"tensors": (7,)}, None),
+    "tensors without a size": ({"tensors": (["w", [0]],)}, None),
+    "no clip": ({"clip": 0.0}, None),
+    "more survivors than devices": ({"survivors": 6}, None),
+    "no survivors": ({"survivors": 0}, None),
+    "fewer devices than are in it": ({"devices": 4}, None),
+    "no devices": ({}, []),
+    "a device twice": ({}, [["dev-000", 0]] * 5),
+    "staleness below 0": ({}, [[f"dev-{i}", -1] for i in range(5)]),
+    "names that are numbers": ({}, [[i, 0] for i in range(5)]),
+    "rows that are none": ({}, 7),
+}
+
+
+def _altered(path, folder, changes, taken):
+    with path.open("rb") as file:
+        header, first = read_header(file.read(8), file.read, path.stat().st_size)
+        file.seek(first)
+        data = file.read()
+    opened = dataclasses.replace(message.decode(header["meta"]["opened"]), **changes)
+    meta = header["meta"] | {"opened": message.encode(opened)} | ({} if taken is None else {"taken": taken})
+    (folder / "altered").write_bytes(encode_header(meta, header["tensors"]) + data)
+    return folder / "altered"
+
+
+def test_the_control_is_a_partial_sum_like_any_other(shards, tmp_path):
+    path = _altered(shards[2][0], tmp_path, {}, None)
+    with path.open("rb") as file:
+        assert len(Partial(file, path).taken) == EACH
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_partial_sum_that_contradicts_itself_is_refused_and_nothing_stops(shards, tmp_path, lie):
+    path = _altered(shards[2][0], tmp_path, *LIES[lie])
+    with path.open("rb") as file, pytest.raises(WireError):
+        Partial(file, path)
