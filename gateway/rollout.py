@@ -129,10 +129,13 @@ def report(rollout: Rollout, device: str, *, good: bool, reason: str = "") -> Ro
 
 
 def advance(rollout: Rollout, fleet: Collection[str], now_s: float) -> Rollout:
-    """Go to the next stage when the present one has passed; call as often as you like."""
+    """Go to the next stage when the present one has passed; call as often as you like.
+
+    Members are the stage's devices in ``fleet``, those that are there now, and those that have reported.
+    """
     if rollout.state != RUNNING or not fleet:
         return rollout
-    members = [device for device in fleet if rollout.within(device)]
+    members = [device for device in {*fleet, *rollout.reports} if rollout.within(device)]
     if not members:
         return replace(rollout, reach=min(bucket(rollout.model, device) for device in fleet) + 1, began_s=now_s)
     if now_s - rollout.began_s < rollout.plan.settle_s:

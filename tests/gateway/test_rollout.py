@@ -5,7 +5,8 @@ from gateway_site import Site
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgepriv.errors import ConfigError, MissingFileError
+from edgepriv.errors import ConfigError, EdgeprivError, MissingFileError
+from gateway.commands import submit, wait
 from gateway.rollout import DONE, HALTED, RUNNING, Plan, Rollout, advance, bucket, from_fields, halt, report, resume
 
 FLEET = [f"dev-{n}" for n in range(200)]
@@ -118,6 +119,16 @@ def test_in_a_small_fleet_every_stage_has_a_device_that_must_do_well_first():
     assert advance(rollout(), [], 1e6) == rollout()
 
 
+def test_the_report_of_a_device_that_has_gone_counts_and_nobody_is_taken_in_its_place():
+    fleet = [f"dev-{n}" for n in range(8)]
+    state = advance(Rollout(b"a" * 32, Plan(stages=(1, 100), settle_s=0, min_good=1), 0.0), fleet, 1.0)
+    (first,) = [device for device in fleet if state.offered(device)]
+    rest = [device for device in fleet if device != first]
+    bad = report(state, first, good=False, reason="slow")
+    assert advance(bad, rest, 9.0) == bad
+    assert advance(report(state, first, good=True), rest, 9.0).stage == 1
+
+
 def test_a_rollout_that_an_older_gateway_stored_goes_on():
     fields = rollout().as_fields()
     del fields["reach"]
@@ -151,7 +162,8 @@ class Versions:
     """Plain models of one id at a gateway that demands no verdict."""
 
     def __init__(self, site, folder):
-        self.site, self.folder, self.held = site, folder, site.gateway().models
+        self.site, self.folder, self.gateway = site, folder, site.gateway()
+        self.held = self.gateway.models
         self.digests = []
 
     def add(self, **options):
@@ -163,6 +175,12 @@ class Versions:
 
     def begin(self, digest, plan=PLAN):
         self.held.begin_rollout(digest, plan, actor="op", now=self.site.now)
+
+    def command(self, action, **args):
+        """What `edgepriv-gateway models` asks of the daemon."""
+        number = submit(self.gateway.store, "op", action, args, self.site.now)
+        self.gateway.commands.tick(self.site.now)
+        return wait(self.gateway.store, number, 5.0)
 
     def state(self, digest):
         (found,) = [m for m in self.held.listed(self.site.now) if m["digest"] == digest]
@@ -183,6 +201,22 @@ def test_a_further_version_is_held_until_its_rollout_begins(models):
     models.held.set_state(second, "halted", actor="op", now=models.site.now)
     models.add()
     assert models.offered() == ["3"]  # nothing else is on offer
+
+
+def test_an_operator_is_told_that_a_version_is_held_and_where_a_rollback_leads(models):
+    told = []
+    for version in (b"one", b"two"):
+        (models.folder / "m.onnx").write_bytes(version)
+        models.site.now += 1
+        told.append(
+            models.command("model-add", path=str(models.folder / "m.onnx"), name="eye", version=version.decode())
+        )
+    assert [one["held"] for one in told] == [False, True]
+    models.command("model-rollout", model="eye@two", stages=[50, 100])
+    back = models.command("model-rollback", model="eye@two")
+    assert (back["version"], back["share"], back["offered"]) == ("one", 100, told[0]["digest"])
+    with pytest.raises(EdgeprivError, match="before one is on offer"):
+        models.command("model-rollback", model="eye@one")
 
 
 def test_a_rollback_goes_to_the_newest_earlier_version_that_is_on_offer_and_widens_nothing(models):
