@@ -175,7 +175,21 @@ class ModelStore:
         if self._is_revoked(name):
             raise TrustError("the model is revoked")
         self._check_files(name, body)
+        self._check_newer(candidate)
         self.open_judged(candidate).wipe()
+
+    def _check_newer(self, candidate: Candidate) -> None:
+        """What carries permissions may not bring back one that the owner has replaced since."""
+        old, new = self._permission(self.current), self._permission(candidate)
+        if candidate.name == self.state.current and old and new and new.issued_s < old.issued_s:
+            raise TrustError("the permission is older than the one in use", hint="edgepriv grant makes a new one")
+
+    def _permission(self, candidate: Candidate) -> manifest.Permission | None:
+        """The candidate's permission, if it can be read."""
+        try:
+            return manifest.decode_permission(candidate.permission or b"", self.trust.issuers)
+        except EdgeprivError:
+            return None
 
     def self_test(
         self, candidate: Candidate, run: Runner, *, clock: Callable[[], float], rss: Callable[[], int]
@@ -222,13 +236,8 @@ class ModelStore:
 
     def _same_bytes(self, one: Candidate, other: Candidate) -> bool:
         """Whether two permissions open the same level of the same delivery."""
-        if one.name != other.name or one.permission is None or other.permission is None:
-            return False
-        try:
-            levels = {manifest.decode_permission(c.permission or b"", self.trust.issuers).level for c in (one, other)}
-        except EdgeprivError:
-            return False
-        return len(levels) == 1
+        old, new = self._permission(one), self._permission(other)
+        return one.name == other.name and old is not None and new is not None and old.level == new.level
 
     def confirm(self, opened: Candidate | None = None) -> None:
         """End the trial after a health pass (of ``opened``): only now older versions become forbidden."""

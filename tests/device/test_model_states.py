@@ -134,6 +134,18 @@ def test_a_renewed_permission_for_the_same_level_is_taken_without_a_trial(maker,
     assert answers(device.store, maker)
 
 
+def test_a_permission_that_the_owner_has_replaced_is_not_brought_back(maker, device):
+    older = maker.permission(1, device.store.identity)
+    renewed = Maker(maker.issuer, maker.risk, now=maker.now + 50)
+    renewed.bundles = maker.bundles
+    device.confirmed(1, permission=renewed.permission(1, device.store.identity))
+    before = device.store.current
+    with pytest.raises(TrustError, match="older than the one in use"):
+        device.install(1, permission=older)
+    assert device.reread().current == before
+    assert answers(device.store, maker)
+
+
 def test_a_permission_for_another_level_is_tried_and_the_one_before_comes_back(tmp_path):
     maker = Maker(levels=2)
     device = Device(maker, tmp_path)
