@@ -28,6 +28,7 @@ from edgepriv.device.config import (
     RoundsConfig,
     RunConfig,
     SealConfig,
+    SelfCheckConfig,
     SpoolConfig,
 )
 from edgepriv.device.infer import Inferer
@@ -162,6 +163,8 @@ def _config(folder: Path, name: str, broker: str, scenario: Scenario, rows: list
         release=ReleaseConfig(),
         seal=SealConfig(images=fleet.images),
         spool=SpoolConfig(max_mb=16.0, commit_frames=64),
+        # the pictures are public ones: clear rounds are to show what the gateway does with honest updates
+        self_check=SelfCheckConfig("send"),
         rounds=RoundsConfig(min_samples=1, min_cohort=int(scenario.rounds.get("min_cohort", 2))),
         run=RunConfig(frames=fleet.frames, interval_s=fleet.interval_s, status_s=20.0),
     )

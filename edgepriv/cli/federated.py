@@ -28,7 +28,10 @@ def federated() -> None:
 @click.option(
     "--features", type=click.Path(path_type=Path), default=None, help=".npz with features [n, d] and labels [n]."
 )
-@click.option("--policy", default="drop_bn", show_default=True, help="send | drop_bn | add_noise | refuse")
+@click.option("--policy", default="add_noise", show_default=True, help="send | drop_bn | add_noise | refuse")
+@click.option(
+    "--encoding", default="float32", show_default=True, help="Of the upload: what it rounds is the least noise."
+)
 @click.option("--max-explained", type=float, default=0.2, show_default=True, help="Limit for the worst example.")
 @click.option("--noise-sigma", type=float, default=0.0, help="Noise that is added before anybody sees the update.")
 @click.option("--masked", is_flag=True, help="The round hides single updates behind masks.")
@@ -50,6 +53,7 @@ def self_check_command(update_path: Path, *, as_json: bool, out: Path | None, **
         max_explained_variance=options["max_explained"],
         noise_sigma=options["noise_sigma"],
         masked=options["masked"],
+        encoding=options["encoding"],
     )
     features, labels = _features(options["features"])
     head = read_update_file(options["head"]).tensors if options["head"] else None
@@ -67,7 +71,7 @@ def self_check_command(update_path: Path, *, as_json: bool, out: Path | None, **
         out.write_bytes(encode_update(checked.update, update.meta))
     record = checked.record()
     click.echo(json.dumps(record, indent=2) if as_json else _as_text(record))
-    if not checked.within_limits:
+    if checked.within_limits is False:
         raise RiskThresholdError("this update is above the limit", hint="policy add_noise or refuse, or more images")
 
 
@@ -204,7 +208,8 @@ def _image_count(given: int | None, meta: dict[str, Any], features: NDArray[np.f
 
 
 def _as_text(record: dict[str, Any]) -> str:
-    lines = [f"{record['action']}: {'within the limits' if record['within_limits'] else 'ABOVE a limit'}"]
+    words = {True: "within the limits", False: "ABOVE a limit", None: "nothing found, but no bound was computed"}
+    lines = [f"{record['action']}: {words[record['within_limits']]}"]
     lines += [
         f"  {'above' if f['above'] else 'ok':5} {f['code']}: {f['words']} ({f['value']:.3g})"
         for f in record["findings"]

@@ -109,12 +109,13 @@ class RoundsConfig:
 class SelfCheckConfig:
     """``[self_check]``: the device's last look at its own update, before every upload of a clear round.
 
-    ``policy``, above a limit: ``send`` (report only), ``drop_bn`` (BatchNorm statistics stay at home), ``add_noise``
-    (and the least noise that meets the limit), ``refuse`` (nothing leaves). ``max_explained_variance``: of the worst
-    example's features. ``examples``: how many of them the bound looks at, 0 for none.
+    ``policy``, above a limit: ``send`` (report only), ``drop_bn`` (BatchNorm statistics stay at home, which does
+    nothing for an update of a head alone), ``add_noise`` (and the least noise that meets the limit), ``refuse``
+    (nothing leaves). ``max_explained_variance``: of the worst example's features. ``examples``: how many of them the
+    bound looks at, 0 for none.
     """
 
-    policy: str = "drop_bn"
+    policy: str = "add_noise"
     max_explained_variance: float = 0.2
     min_images: int = 9
     examples: int = 8

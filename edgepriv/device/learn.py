@@ -193,7 +193,7 @@ class Learner:
         """What may leave of an update, by the owner's policy (RefusedError: nothing). Masks hide single updates."""
         shared = settings.recipe.shares_statistics
         sent = {n: t for n, t in update.tensors.items() if shared or not n.endswith(STATISTICS)}
-        policy = replace(self._check_policy, masked=settings.masked)
+        policy = replace(self._check_policy, masked=settings.masked, encoding=settings.encoding)
         try:
             found = self_check(
                 sent, settings.recipe, policy, n_images=update.examples, round_number=settings.round,
@@ -203,7 +203,7 @@ class Learner:
             self.counters["self_check_refused"] += 1
             raise
         self.counters[f"self_check_{found.action}"] += 1
-        self.counters["self_check_above_limit"] += not found.within_limits
+        self.counters["self_check_above_limit"] += found.within_limits is False
         log.info("self-check of round %d: %s", settings.round, json.dumps(found.record()))
         return LocalUpdate(found.update, update.examples)
 

@@ -51,7 +51,7 @@ class FeatureBound:
         explained_variance: 0 = nothing beyond the prior, 1 = everything; mean over the examples.
         per_example: the same for each example.
         joint: all examples unknown together; else (too many) each with the others taken as known, which is higher.
-        sigma: the noise std it was computed for.
+        sigma: the noise std it was computed for, the smallest where values differ.
         seconds: time taken.
     """
 
@@ -124,10 +124,10 @@ def head_jacobian(
     return HeadJacobian(blocks, prior + 1e-4, joint, time.perf_counter() - began)
 
 
-def feature_bound(jacobian: HeadJacobian, sigma: float) -> FeatureBound:
-    """Return the ceiling for Gaussian noise of std ``sigma`` on every value of the update (above 0)."""
+def feature_bound(jacobian: HeadJacobian, sigma: float | Floats) -> FeatureBound:
+    """Return the ceiling for Gaussian noise of std ``sigma`` (above 0) on every value of the update, or on each."""
     began = time.perf_counter()
-    if sigma <= 0:
+    if np.min(sigma) <= 0:
         raise DataError("the bound needs noise above zero", hint="use the rounding step of the encoding")
     n = len(jacobian.blocks)
     prior = jacobian.prior_variance
@@ -137,30 +137,39 @@ def feature_bound(jacobian: HeadJacobian, sigma: float) -> FeatureBound:
         variances = np.stack([_posterior(block, prior, sigma) for block in jacobian.blocks])
     known = 1 - variances.sum(axis=1) / prior.sum()
     seconds = jacobian.seconds + time.perf_counter() - began
-    return FeatureBound(float(known.mean()), tuple(float(v) for v in known), jacobian.joint, sigma, seconds)
+    least = float(np.min(sigma))
+    return FeatureBound(float(known.mean()), tuple(float(v) for v in known), jacobian.joint, least, seconds)
 
 
-def noise_for(jacobian: HeadJacobian, limit: float, *, least: float = 1e-8, most: float = 1e4) -> float:
+def noise_for(
+    jacobian: HeadJacobian, limit: float, *, there: float | Floats = 0.0, least: float = 1e-8, most: float = 1e4
+) -> float:
     """Return the smallest noise std (to 5 %) with which no example's explained variance is above ``limit``.
+
+    ``there`` is noise that the update has anyway, what its encoding rounds away for one.
 
     Raises:
         DataError: not even ``most`` is enough.
     """
-    if max(feature_bound(jacobian, most).per_example) > limit:
+
+    def above(sigma: float) -> bool:
+        return max(feature_bound(jacobian, np.hypot(there, sigma)).per_example) > limit
+
+    if above(most):
         raise DataError(f"no noise up to {most:g} brings the bound to {limit}")
     low, high = np.log(least), np.log(most)
     while high - low > 0.05:
         middle = (low + high) / 2
-        if max(feature_bound(jacobian, float(np.exp(middle))).per_example) > limit:
+        if above(float(np.exp(middle))):
             low = middle
         else:
             high = middle
     return float(np.exp(high))
 
 
-def _posterior(block: Floats, prior: Floats, sigma: float) -> Floats:
+def _posterior(block: Floats, prior: Floats, sigma: float | Floats) -> Floats:
     """Return diag V for unknowns with rows ``block`` [unknowns, values]; I + R F R is never worse than I."""
-    scaled = block * (np.sqrt(prior) / sigma)[:, None]
+    scaled = block * np.sqrt(prior)[:, None] / sigma
     inverse = np.linalg.inv(np.eye(len(prior)) + scaled @ scaled.T)
     return np.asarray(prior * np.clip(np.diag(inverse), 0, 1), np.float64)
 

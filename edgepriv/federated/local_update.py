@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 class RoundSettings:
     """What the round asks of local training; ``seed`` orders the batches and is the device's own choice.
 
-    ``masked``: nobody but this device sees its single update.
+    ``masked``: nobody but this device sees its single update. ``encoding``: of a clear round's uploads, which rounds.
     """
 
     recipe: LocalRecipe
     round: int
     seed: int
     masked: bool = False
+    encoding: str = "float32"
 
 
 @dataclass(frozen=True, slots=True)

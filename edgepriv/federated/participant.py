@@ -308,7 +308,7 @@ class Participant:
         opened = running.opened
         weights = running.weights or {}
         masked = opened.privacy == rounds.MASKED
-        settings = RoundSettings(_recipe(opened), opened.round, self.seed + opened.round, masked)
+        settings = RoundSettings(_recipe(opened), opened.round, self.seed + opened.round, masked, opened.encoding)
         update = self.trainer(weights, settings)
         if update.examples < 1:
             raise RefusedError("no labelled examples")

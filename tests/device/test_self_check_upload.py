@@ -58,12 +58,12 @@ class Device:
         for i in range(images):
             self.learner.samples.add(str(i), np.abs(rng.normal(size=FEATURES)).astype(np.float32), i % CLASSES)
 
-    def take_part(self, number=1, privacy="clear", statistics="home", **training):
+    def take_part(self, number=1, privacy="clear", statistics="home", encoding="float32", **training):
         opened = rounds.RoundOpen(
             round=number, cohort="0", model="m", base=hashlib.sha256(self.raw).digest(), base_bytes=len(self.raw),
             tensors=tuple([n, list(v.shape)] for n, v in self.weights.items()), privacy=privacy, join_by=5.0,
             deadline=60.0, clip=1000.0, fraction_bits=16, ring_bits=64, max_weight=100, devices=2, quorum=1,
-            encoding="float32", keep=1.0, seed=b"", noise="none", noise_multiplier=0.0, survivors=1, colluders=0,
+            encoding=encoding, keep=1.0, seed=b"", noise="none", noise_multiplier=0.0, survivors=1, colluders=0,
             delta=1e-5, participation="all", statistics=statistics, training={"learning_rate": 0.1, **training},
         )  # fmt: skip
         self.learner.receive(rounds.step_message(number, "open", opened), 1.0)
@@ -121,6 +121,31 @@ def test_add_noise_adds_the_noise_that_meets_the_limit(site, tmp_path, caplog):
     assert device.learner.counters["self_check_add_noise"] == 1
 
 
+def test_by_default_a_clear_round_gets_no_head_from_which_one_image_can_be_read(site, tmp_path):
+    from edgepriv.federated.head_leakage import recover_features
+
+    def error(folder, **kwargs):
+        (tmp_path / folder).mkdir()
+        device = Device(site, tmp_path / folder, images=1, **kwargs)
+        sent = device.take_part()
+        wanted, _ = device.learner.samples.arrays()
+        rows, _ = recover_features(sent)
+        return min((np.linalg.norm(row - wanted[0]) / np.linalg.norm(wanted[0]) for row in rows), default=np.inf)
+
+    assert error("open", policy="send") < 0.01
+    assert error("default", policy=SelfCheckConfig().policy) > 0.3
+
+
+def test_the_encoding_of_the_round_is_what_the_check_counts_with(site, tmp_path, caplog):
+    device, said = Device(site, tmp_path, "send", images=20), []
+    for number, encoding in ((1, "float32"), (2, "int8")):
+        with caplog.at_level("INFO", logger="edgepriv.device.learn"):
+            device.take_part(number, encoding=encoding)
+        said.append(json.loads(caplog.records[-1].message.split(": ", 1)[1])["explained_variance"])
+    assert said[0] > 0.9
+    assert said[1] < said[0]
+
+
 def test_drop_bn_keeps_batch_statistics_at_home_where_the_round_asks_for_them(site, tmp_path):
     weights = {
         "conv.weight": np.zeros((2, 2), np.float32),
@@ -138,6 +163,7 @@ def test_drop_bn_keeps_batch_statistics_at_home_where_the_round_asks_for_them(si
         return device, device.take_part(statistics="shared")
 
     assert set(joins("send")[1]) == set(weights)
+    assert set(joins("add_noise")[1]) == {"conv.weight"}
     device, sent = joins("drop_bn")
     assert set(sent) == {"conv.weight"}
     assert device.learner.counters == {"self_check_drop_bn": 1, "self_check_above_limit": 0}

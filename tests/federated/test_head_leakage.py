@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from edgepriv.errors import ConfigError, DataError, RefusedError
-from edgepriv.federated import head_leakage
+from edgepriv.federated import compression, head_leakage
+from edgepriv.federated import self_check as self_check_module
 from edgepriv.federated.head import train_head
 from edgepriv.federated.local_recipe import LocalRecipe
 from edgepriv.federated.self_check import CheckPolicy, self_check
@@ -136,7 +137,7 @@ def test_policy_send_reports_and_changes_nothing():
 
 def test_policy_drop_bn_keeps_statistics_at_home():
     checked = self_check(_update(), RECIPE, CheckPolicy("drop_bn"), n_images=20)
-    assert (checked.action, checked.within_limits) == ("drop_bn", True)
+    assert (checked.action, checked.within_limits) == ("drop_bn", None)  # no bound was computed: nothing is claimed
     assert set(checked.update) == {"head.weight", "head.bias"}
     assert not self_check(_update(), RECIPE, CheckPolicy("drop_bn"), n_images=20).record()["sigma"]
 
@@ -144,26 +145,83 @@ def test_policy_drop_bn_keeps_statistics_at_home():
 def test_policy_refuse_lets_nothing_out_and_a_harmless_update_passes():
     with pytest.raises(RefusedError, match="BatchNorm"):
         self_check(_update(), RECIPE, CheckPolicy("refuse"), n_images=20)
-    assert self_check(_update(statistics=False), RECIPE, CheckPolicy("refuse"), n_images=20).within_limits
+    passed = self_check(_update(statistics=False), RECIPE, CheckPolicy("refuse"), n_images=20)
+    assert (passed.action, passed.within_limits) == ("send", None)
 
 
-def test_policy_add_noise_stops_the_recovery_that_works_without_it():
-    head, x, y = _case(n=1, d=32, classes=10)
-    recipe = LocalRecipe(0.1)
+def _one_image(n=1, d=32, classes=10):
+    """A head-only update of one image, and how far the best row of dW/db is from its features."""
+    head, x, y = _case(n=n, d=d, classes=classes)
+    recipe = LocalRecipe(0.1, batch_size=n)
     update = train_head(head, x, y, recipe, seed=0)
 
     def error(sent):
         rows, _ = head_leakage.recover_features(sent)
-        return min((np.linalg.norm(r - x[0]) / np.linalg.norm(x[0]) for r in rows), default=np.inf)
+        return min((np.linalg.norm(r - f) / np.linalg.norm(f) for r in rows for f in x), default=np.inf)
 
-    policy = CheckPolicy("add_noise")
-    checked = self_check(
-        update, recipe, policy, n_images=1, rng=np.random.default_rng(0), head=head, features=x, labels=y
-    )
+    return update, recipe, error, {"n_images": n, "head": head, "features": x, "labels": y}
+
+
+def test_by_default_the_recovery_that_works_on_a_head_only_update_is_stopped():
+    update, recipe, error, known = _one_image()
+    checked = self_check(update, recipe, CheckPolicy(), rng=np.random.default_rng(0), **known)
     assert error(update) < 0.01
     assert checked.action == "add_noise"
-    assert checked.explained_variance <= policy.max_explained_variance
+    assert checked.explained_variance <= CheckPolicy().max_explained_variance
     assert error(checked.update) > 0.5
+    assert checked.within_limits is False  # one image is still one image
+    assert self_check(update, recipe, CheckPolicy(min_images=1), **known).within_limits is True
+
+
+def test_dropping_statistics_alone_is_no_protection_of_a_head_and_is_not_called_one():
+    update, recipe, error, known = _one_image()
+    checked = self_check(update, recipe, CheckPolicy("drop_bn", min_images=1), **known)
+    assert (checked.action, checked.within_limits) == ("send", False)
+    assert error(checked.update) < 0.01
+
+
+def test_what_float32_rounds_away_hides_nothing_so_refuse_refuses():
+    update, recipe, _, known = _one_image(n=12)
+    with pytest.raises(RefusedError, match="worst example"):
+        self_check(update, recipe, CheckPolicy("refuse"), **known)
+    sent = self_check(update, recipe, CheckPolicy("send"), **known)
+    assert sent.explained_variance > 0.9
+    assert sent.within_limits is False
+
+
+@pytest.mark.parametrize("encoding", ["float32", "float16", "int8", "topk", "randomk"])
+def test_what_an_encoding_rounds_away_is_what_it_does_round_away(encoding):
+    from types import SimpleNamespace
+
+    update, _, _, known = _one_image(n=12)
+    said = self_check_module.rounding(update, known["head"], encoding)
+    flat = np.concatenate([update[name].ravel() for name in ("head.weight", "head.bias")]).astype(float)
+    arrays, scales = compression.compress(
+        update, SimpleNamespace(encoding=encoding, keep=1.0, clip=1e9, seed=b""), feedback={}
+    )
+    if encoding in {"topk", "randomk", "float32"}:
+        assert said.max() < 1e-6
+        return
+    back = np.concatenate([arrays[n].ravel().astype(float) * scales.get(n, 1.0) for n in update])
+    assert 0.5 < np.sqrt(np.mean((back - flat) ** 2) / np.mean(said**2)) < 1.5
+
+
+def test_noise_is_never_less_than_was_there_and_never_raises_what_is_given_away():
+    update, recipe, _, known = _one_image(n=3)
+    policy = CheckPolicy("add_noise", noise_sigma=10.0)  # more than enough, added elsewhere
+    checked = self_check(update, recipe, policy, **known)
+    before = next(f.value for f in checked.findings if f.code == "features")
+    assert before < policy.max_explained_variance
+    assert checked.explained_variance == before
+    assert (checked.action, checked.sigma) == ("send", 0.0)
+    assert checked.within_limits is False  # three images are few, and noise does not change that
+    assert all(np.array_equal(checked.update[name], update[name]) for name in update)
+
+
+def test_the_bound_of_a_head_says_nothing_of_an_update_that_trains_more():
+    update, recipe, _, known = _one_image(n=12)
+    checked = self_check({**update, "conv.weight": np.ones((2, 2), np.float32)}, recipe, CheckPolicy(), **known)
+    assert (checked.explained_variance, checked.within_limits) == (None, None)
 
 
 def test_masked_rounds_are_reported_and_left_alone():
@@ -181,3 +239,5 @@ def test_contradicting_counters_nan_and_unknown_policies_are_clear_errors():
         self_check({}, RECIPE, CheckPolicy(), n_images=20)
     with pytest.raises(ConfigError, match="unknown"):
         CheckPolicy("hope")
+    with pytest.raises(ConfigError, match="encoding"):
+        CheckPolicy(encoding="float8")

@@ -102,16 +102,18 @@ def test_wrong_inputs_are_clear_errors(made, tmp_path):
 def test_self_check_drops_statistics_refuses_and_adds_noise(made, tmp_path):
     update = made / "u.upd"
     out = tmp_path / "sent.upd"
-    done = _run("federated", "self-check", "--update", update, "--out", out, "--json")
+    done = _run("federated", "self-check", "--update", update, "--policy", "drop_bn", "--out", out, "--json")
     assert isinstance(done.exception, RiskThresholdError)  # six images are still few
     assert json.loads(done.stdout)["action"] == "drop_bn"
     sent = decode_update(out.read_bytes(), max_bytes=1 << 20).tensors
     assert not [name for name in sent if "running" in name or "num_batches" in name]
     done = _run("federated", "self-check", "--update", update, "--policy", "refuse")
     assert isinstance(done.exception, RefusedError)
-    done = _run("federated", "self-check", "--update", update, "--policy", "add_noise", "--json")
-    assert done.exit_code == 0
-    assert json.loads(done.stdout)["sigma"] > 0
+    done = _run("federated", "self-check", "--update", update, "--json")
+    assert isinstance(done.exception, RiskThresholdError)  # noise makes them no more
+    record = json.loads(done.stdout)
+    assert (record["action"], record["within_limits"]) == ("add_noise", False)
+    assert record["sigma"] > 0
 
 
 def test_the_tradeoff_command_writes_its_picture_and_settings(tmp_path):
