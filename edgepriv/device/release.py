@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from edgepriv.device.infer import Inference
 
 TOPK_DECIMALS = 2
+WIDEST_RANKS = 4096  # columns that the audit of topk:K gets for its ranks
 SOFTMAX_DECIMALS = 1  # the coarsest that keeps the accuracy: the table of policies in risk/reconstruction/README.md
 MAX_COUNT = 99
 MAX_BOXES = 20
@@ -103,7 +104,9 @@ class Argmax:
 
     def apply(self, logits: NDArray[Any]) -> NDArray[np.float64]:
         """One-hot rows [n, k]."""
-        return np.asarray(np.eye(logits.shape[1])[np.argmax(logits, axis=1)], np.float64)
+        rows = np.zeros(logits.shape, np.float64)
+        np.put_along_axis(rows, np.argmax(logits, axis=1)[:, None], 1.0, axis=1)
+        return rows
 
 
 class TopK:
@@ -132,11 +135,19 @@ class TopK:
         return tuple([int(c), int(s)] for c, s in zip(order[0], scores[0], strict=True))
 
     def apply(self, logits: NDArray[Any]) -> NDArray[np.float64]:
-        """Scores at their classes, zero elsewhere, then the ranks one-hot [n, k + K * k]."""
+        """Scores at their classes, zero elsewhere, then the ranks one-hot [n, k + K * k]; of wide ones as numbers."""
         order, scores = self._integers(logits)
-        dense = np.zeros(logits.shape, np.float64)
+        n, size = logits.shape
+        dense = np.zeros((n, size), np.float64)
         np.put_along_axis(dense, order, scores / 10**TOPK_DECIMALS, axis=1)
-        ranks = np.eye(logits.shape[1])[order].reshape(len(order), -1)
+        depth = order.shape[1]
+        if depth * size > WIDEST_RANKS:  # one-hot would need gigabytes: 1 for the first place, falling to 1/K
+            ranks = np.zeros((n, size), np.float64)
+            np.put_along_axis(ranks, order, np.linspace(1, 1 / depth, depth)[None].repeat(n, 0), axis=1)
+        else:
+            one_hot = np.zeros((n, depth, size), np.float64)
+            np.put_along_axis(one_hot, order[:, :, None], 1.0, axis=2)
+            ranks = one_hot.reshape(n, -1)
         return np.concatenate([dense, ranks], axis=1)
 
 

@@ -169,3 +169,13 @@ def test_a_policy_that_does_not_exist_is_refused(spec):
     with pytest.raises(ConfigError) as caught:
         parse_policy(spec)
     assert "argmax" in caught.value.hint
+
+
+def test_ranks_of_many_classes_reach_the_audit_in_few_columns():
+    logits = np.random.default_rng(0).normal(size=(5, 3000))
+    narrow, wide = parse_policy("topk:1").apply(logits), parse_policy("topk:3").apply(logits)
+    assert narrow.shape == (5, 6000)
+    assert wide.shape == (5, 6000)  # one-hot would be 12,000
+    order = np.argsort(-logits, axis=1)[:, :3]
+    assert np.allclose(np.take_along_axis(wide[:, 3000:], order, axis=1), [[1, 2 / 3, 1 / 3]])
+    assert np.count_nonzero(wide[:, 3000:]) == 15
