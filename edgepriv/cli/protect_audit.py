@@ -120,6 +120,8 @@ def _startup(folder: Path, paper: Any, plain: Any) -> float:
 
 def text(result: dict[str, Any]) -> str:
     """The document for people."""
+    from edgepriv.selective_encryption.attack.document import detection
+
     lines = [
         (
             f"share {result['share']:.2%}: plain {result['plain_accuracy']:.3f}, masked "
@@ -133,11 +135,7 @@ def text(result: dict[str, Any]) -> str:
         for run in result["attackers"]
     ]
     lines.append(f"worst gain with labels {result['worst_gain']:+.3f}, without {result['label_free_gain']:+.3f}")
-    lines += [
-        f"decoy detector {row['detector']}, BatchNorm {'folded' if row['bn_folded'] else 'kept'}: "
-        f"AUC {row['auc']:.3f} (published decoys {row['auc_on_dprm']:.3f})"
-        for row in result["decoys"]
-    ]
+    lines += [detection(row) for row in result["decoys"]]
     if result["startup_ratio"] is not None:
         lines.append(f"start-up with all levels: {result['startup_ratio']:.2f} x the plain file's CPU time")
     return "\n".join(lines)

@@ -4,7 +4,7 @@ Three kinds, all on rows [units, taps]:
 
 * ``mixture`` (default): each kernel is divided by the typical norm of its output and input channel, a Gaussian
   mixture is fitted to the *unselected* ones, sampled, and multiplied back. Undoes the gain per channel that folding
-  BatchNorm leaves, which gives plain noise away.
+  BatchNorm leaves, which gives plain noise away. Precision, grid and zeros follow the unselected (`exactness`).
 * ``dprm``: distribution-preserving random mask as published (arXiv 2105.12344): ``N(mu, sd)`` element by element
   over all kernels of the layer. Kept as the reference that detectors find.
 * ``zeros``: for comparison.
@@ -23,6 +23,7 @@ import numpy as np
 
 from edgepriv import primitives
 from edgepriv.errors import ConfigError
+from edgepriv.selective_encryption import exactness
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -173,7 +174,9 @@ def decoy_rows(
     out = rows.copy()
     if selected.any():
         made = {"mixture": mixture_rows, "dprm": _dprm, "zeros": _zeros}[kind](values, inputs, selected, noise)
-        out[selected] = _cast(made, rows) if kind == "dprm" else fitted(made, rows, ~selected)
+        plain = kind != "mixture"  # as published: the low bits give these away
+        at = np.flatnonzero(selected)
+        out[selected] = _cast(made, rows) if plain else fitted(made, rows, inputs, at, ~selected, noise)
     return out
 
 
@@ -197,23 +200,33 @@ def mixture_rows(
 ) -> NDArray[np.float64]:
     """Rows for the selected places from a mixture of the others, each normalised by its channels' typical norms."""
     count, taps = int(selected.sum()), values.shape[1]
-    clear = ~selected
+    clear = ~selected & np.any(values != 0, axis=1)
     if clear.sum() < 2 * min(taps, MAX_FULL_TAPS):
         # (almost) the whole layer is encrypted: there is nothing to blend in with; only its scale is kept
         return np.asarray(values.std() * noise.normal(count, taps))
     a, b = channel_scales(values, inputs, clear)
     scale = (a[:, None] * b[None, :]).reshape(-1, 1)
-    unit = values[clear] / scale[clear]
+    unit = exactness.filled(values[clear], scale[clear], noise)
     if taps > MAX_FULL_TAPS:
         flat = fit_mixture(unit.reshape(-1, 1), noise, components=4)
         return np.asarray(flat.sample(count * taps, noise).reshape(count, taps) * scale[selected])
     return np.asarray(fit_mixture(unit, noise).sample(count, noise) * scale[selected])
 
 
-def fitted(made: NDArray[np.float64], rows: NDArray[Any], clear: NDArray[np.bool_]) -> NDArray[Any]:
-    """Decoys as values of the file's element type."""
-    del clear
-    return _cast(made, rows)
+def fitted(
+    made: NDArray[np.float64],
+    rows: NDArray[Any],
+    inputs: int,
+    at: NDArray[np.int64],
+    clear: NDArray[np.bool_],
+    noise: PrfNoise,
+    *,
+    zeros: bool = True,
+) -> NDArray[Any]:
+    """Decoys for the units ``at`` as values of the file's element type, as precise and as often zero as clear ones."""
+    mantissa = exactness.MANTISSA.get(rows.dtype.name, 0)
+    values = rows.astype(np.float64)
+    return _cast(exactness.like(made, at, values, inputs, clear, noise, mantissa=mantissa, zeros=zeros), rows)
 
 
 def _cast(made: NDArray[np.float64], rows: NDArray[Any]) -> NDArray[Any]:

@@ -116,7 +116,8 @@ class Inherited:
             step = _steps(heir, rows, clear, layer.inputs, noise)[moved]
             if _zeros_stay(heir, rows, clear):
                 step = np.where(made == 0, 0, step)
-            fake[moved] = decoys.fitted(made + step, rows, ~selected)
+            at = np.flatnonzero(moved)
+            fake[moved] = decoys.fitted(made + step, rows, layer.inputs, at, ~selected, noise, zeros=False)
 
 
 def inherited(previous: Previous, model: Any, layers: list[Layer], version: int) -> Inherited:

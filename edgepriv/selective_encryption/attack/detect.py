@@ -2,9 +2,10 @@
 
 Who the attacker is: has the published layer and knows the method, but not the positions. Makes training data from
 the layer itself: encrypts random kernels of it in the same way, and learns to tell those decoys from the rest.
-Detectors: ``A`` moments, smoothness and likelihood ratio of a kernel (a mixture fitted to the layer against the
-published N(mu, sd)); ``A+NN`` also distances to its nearest neighbours; ``B`` also its norm and direction relative to
-its output and input channel, and the ratio for kernels normalised by both.
+Detectors: ``A`` moments, smoothness, exact zeros, precision and repeated values of a kernel, and its likelihood ratio
+(a mixture fitted to the layer against the published N(mu, sd)); ``A+NN`` also distances to its nearest neighbours;
+``B`` also its norm and direction relative to its output and input channel, and the ratio for kernels normalised by
+both.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgepriv.selective_encryption import carrier, decoys
+from edgepriv.selective_encryption import carrier, decoys, exactness
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -47,6 +48,7 @@ class Features:
         parts = [
             np.stack([k.mean(1), k.std(1), np.abs(k).mean(1), k.max(1), k.min(1), np.linalg.norm(k, axis=1)], 1),
             _smoothness(k),
+            exactness.features(rows),
             np.sort(np.abs(k), 1),
             k,
             self._likelihoods(self._density, k, np.ones(len(k))),
@@ -175,21 +177,20 @@ def detect(
     *,
     kind: str,
     seed: int = 0,
-) -> float:
-    """AUC over the layers that are neither whole nor empty, weighted by their decoys; 0.5 if there is none.
+) -> tuple[float | None, int]:
+    """How well the decoys are found, and in how many layers that could be tested at all.
 
-    In a wholly encrypted layer there is nothing to find: its positions are public anyway.
+    Each layer's max(AUC, 1 - AUC), because a detector may be read either way, weighted by the layer's decoys; None
+    where no layer is neither whole nor empty. In a wholly encrypted layer there is nothing to find: its positions
+    are public anyway.
     """
-    total, weight = 0.0, 0
-    for layer in layers:
-        hidden = selected[layer.name]
-        count = int(min(hidden.sum(), (~hidden).sum()))
-        if count < MIN_EACH or layer.unit_size < 4:
-            continue
+    total, weight, tested = 0.0, 0, 0
+    for layer in mixed_layers(layers, selected):
         rows = carrier.weight_rows(masked, layer)[: MAX_ROWS // layer.inputs * layer.inputs]
-        part = hidden[: len(rows)]
+        part = selected[layer.name][: len(rows)]
         if min(part.sum(), (~part).sum()) < MIN_EACH:
             continue
-        total += count * layer_auc(rows, layer.inputs, part, detector, kind=kind, seed=seed)
-        weight += count
-    return total / weight if weight else 0.5
+        count = int(min(selected[layer.name].sum(), (~selected[layer.name]).sum()))
+        auc = layer_auc(rows, layer.inputs, part, detector, kind=kind, seed=seed)
+        total, weight, tested = total + count * max(auc, 1 - auc), weight + count, tested + 1
+    return (total / weight if weight else None), tested

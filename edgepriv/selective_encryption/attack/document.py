@@ -100,7 +100,8 @@ def decoy_rows(
 ) -> list[dict[str, Any]]:
     """Each detector on our decoys and on the published ones, with BatchNorm folded and not.
 
-    ``auc_on_dprm``: the published decoys at the published ratio in the same layers (the positive control).
+    ``auc_on_dprm``: the published decoys at the published ratio in the same layers (the positive control). Both are
+    None where none of the layers could be tested; ``layers`` says in how many the decoys were.
     """
     folded, count = carrier.fold_batchnorm(subject.original)
     forms = [(True, folded), *([(False, subject.original)] if count else [])]
@@ -111,11 +112,20 @@ def decoy_rows(
         published = published_choice(layers) if layers else {}
         theirs = _masked(model, layers, published, "dprm")
         for name in detectors:
-            auc = detect.detect(ours, subject.layers, subject.selected, name, kind=subject.kind)
-            dprm = detect.detect(theirs, layers, published, name, kind="dprm")
-            rows.append({"detector": name, "bn_folded": is_folded, "auc": auc, "auc_on_dprm": dprm})
-            log(f"detector {name}, BatchNorm {'folded' if is_folded else 'kept'}: {auc:.3f}; on DPRM {dprm:.3f}")
+            auc, tested = detect.detect(ours, subject.layers, subject.selected, name, kind=subject.kind)
+            dprm, _ = detect.detect(theirs, layers, published, name, kind="dprm")
+            rows.append({"detector": name, "bn_folded": is_folded, "auc": auc, "auc_on_dprm": dprm, "layers": tested})
+            log(detection(rows[-1]))
     return rows
+
+
+def detection(row: Mapping[str, Any]) -> str:
+    """One row of ``decoys`` for people."""
+    head = f"decoy detector {row['detector']}, BatchNorm {'folded' if row['bn_folded'] else 'kept'}: "
+    if row["auc"] is None:
+        return head + "no layer has enough encrypted and enough clear kernels to be tested"
+    dprm = "not tested" if row["auc_on_dprm"] is None else f"{row['auc_on_dprm']:.3f}"
+    return head + f"AUC {row['auc']:.3f} in {row['layers']} layers (published decoys {dprm})"
 
 
 def published_choice(layers: Sequence[Layer], share: float = 0.02) -> dict[str, NDArray[np.bool_]]:
