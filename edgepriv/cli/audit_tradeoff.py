@@ -27,7 +27,7 @@ from edgepriv.errors import DataError, MissingFileError
 @click.option("--momentum", type=click.FloatRange(0, 0.99), default=0.0, show_default=True)
 @click.option("--statistics", type=click.Choice(["both", "shared", "home"]), default="both", show_default=True)
 @click.option("--delta", type=float, default=1e-5, show_default=True)
-@click.option("--max-iip", type=float, default=0.1, show_default=True, help="What the recommended setting may leak.")
+@click.option("--max-iip", type=float, default=0.1, show_default=True, help="Limit of the recommended setting.")
 @click.option(
     "--canaries", type=click.IntRange(1, 32), default=4, show_default=True, help="Images of the canary device."
 )
@@ -42,7 +42,7 @@ from edgepriv.errors import DataError, MissingFileError
 @click.option("--tv", type=click.FloatRange(0), default=1e-2, show_default=True, help="Its total variation.")
 @click.option(
     "--add", "earlier", type=click.Path(path_type=Path), multiple=True,
-    help="JSON of an earlier sweep of the same federation: its points join this one's.",
+    help="JSON of an earlier sweep of the same data, model, seed and delta: its points join this one's.",
 )  # fmt: skip
 @click.option("--limit", type=click.IntRange(100), default=3000, show_default=True, help="Images used.")
 @click.option("--seed", type=int, default=0, show_default=True)

@@ -16,6 +16,7 @@ Settings whose noise is 0 have no epsilon.
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 import math
 import time
@@ -29,10 +30,11 @@ from edgepriv.errors import DataError, MissingDependencyError
 from edgepriv.federated.local_recipe import LocalRecipe
 from edgepriv.federated.torch_trainer import is_statistic, train_locally
 from edgepriv.risk import models
-from edgepriv.risk.gradient_leakage.audit import AT_RISK, CONTAINED, LEAKS, Canaries, audit_round, make_canaries
+from edgepriv.risk.gradient_leakage.audit import CONTAINED, LEAKS, Canaries, audit_round, make_canaries
 from edgepriv.risk.gradient_leakage.inversion import Attack
 from edgepriv.risk.gradient_leakage.protections import ClippedNoise
 from edgepriv.risk.gradient_leakage.simulate import MAX_IMAGES
+from edgepriv.risk.gradient_leakage.verdict import SEVERITY
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -72,7 +74,10 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """Private shards, a test set, canaries (``per_device`` for each canary device) and the fresh model."""
+    """Private shards, a test set, canaries (``per_device`` for each canary device) and the fresh model.
+
+    ``data`` is the SHA-256 of all pictures and labels, by which sweeps of one federation know each other.
+    """
 
     model: nn.Module
     shards: tuple[tuple[NDArray[np.float32], NDArray[np.int64]], ...]
@@ -82,6 +87,20 @@ class World:
     devices: int
     seed: int
     device: str
+    architecture: str
+    data: str
+
+    def federation(self, rounds: int, delta: float) -> dict[str, Any]:
+        """Return what sweeps must have in common if their points are to be compared."""
+        return {
+            "rounds": rounds,
+            "clients": len(self.shards),
+            "data": self.data,
+            "model": self.architecture,
+            "seed": self.seed,
+            "delta": delta,
+            "canaries": self.per_device,
+        }
 
     @property
     def cohort(self) -> int:
@@ -122,8 +141,24 @@ class Point:
 
     @property
     def bound_gain_db(self) -> float:
-        """How far the bound is above the prior, at the worst of all audited rounds."""
-        return float(max(leak["bound_psnr_db"] - leak["bound_floor_db"] for _, leak in self.leaks))
+        """How far the bound is above the prior, at the worst of all audited rounds; infinite where there is none."""
+        return max(_gain(leak["bound_psnr_db"], leak["bound_floor_db"]) for _, leak in self.leaks)
+
+    @property
+    def worst(self) -> tuple[int, dict[str, Any]]:
+        """The audited round with the worst verdict, the first of them."""
+        return max(self.leaks, key=lambda row: SEVERITY.index(row[1]["verdict"]))
+
+    @property
+    def verdict(self) -> str:
+        """The worst of all audited rounds and canary devices."""
+        return str(self.worst[1]["verdict"])
+
+    @property
+    def gap(self) -> str:
+        """What keeps this setting from being contained, empty where nothing does."""
+        number, leak = self.worst
+        return "" if self.verdict == CONTAINED else f"{self.verdict} in round {number}: {leak['reason']}"
 
     def record(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -139,8 +174,16 @@ class Point:
             "fresh": self.fresh,
             "final": self.final,
             "rounds": [{"round": number, **leak} for number, leak in self.leaks],
+            "verdict": self.verdict,
+            "gap": self.gap,
             "seconds": self.seconds,
         }
+
+
+def _gain(bound: float | None, floor: float | None) -> float:
+    """How far a bound is above its floor; what is missing or no number counts as infinitely far."""
+    gain = math.inf if bound is None or floor is None else bound - floor
+    return math.inf if math.isnan(gain) else gain
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +197,7 @@ class Tradeoff:
     cohort: int
     delta: float
     max_iip: float
+    federation: dict[str, Any]
     notes: tuple[str, ...] = field(default=())
 
     def record(self) -> dict[str, Any]:
@@ -165,6 +209,7 @@ class Tradeoff:
             "masked_cohort": self.cohort,
             "delta": self.delta,
             "max_iip": self.max_iip,
+            "federation": self.federation,
             "points": [point.record() for point in self.points],
             "recommended": None if self.recommended is None else self.recommended.record(),
             "notes": list(self.notes),
@@ -240,7 +285,9 @@ def make_world(
         raise DataError(f"{len(public)} public images are too few for {held} canaries")
     mine, rest = public[:held], public[held:]
     kept = make_canaries(x[mine], data.labels[mine], x[rest], data.labels[rest], seed=seed)
-    return World(model, shards, (x[test], data.labels[test]), kept, canaries, devices, seed, device)
+    digest = hashlib.sha256(x.tobytes() + np.asarray(data.labels, "<i8").tobytes()).hexdigest()
+    test_set = x[test], data.labels[test]
+    return World(model, shards, test_set, kept, canaries, devices, seed, device, architecture, digest)
 
 
 def run(
@@ -255,7 +302,7 @@ def run(
     earlier: Sequence[dict[str, Any]] = (),
     progress: Callable[[str], None] | None = None,
 ) -> Tradeoff:
-    """Judge every setting and recommend the most accurate one that leaks at most ``max_iip``.
+    """Judge every setting and recommend one, see :func:`recommend`.
 
     Args:
         world: see :func:`make_world`.
@@ -263,12 +310,13 @@ def run(
         rounds: of the federation.
         audited: how many rounds are attacked, from the first to the one after the last.
         delta: of epsilon.
-        max_iip: what the recommended setting may leak.
+        max_iip: mean IIP that the recommended setting may have.
         attack: budget and options.
         earlier: JSON documents of sweeps over the same federation, whose points are added.
         progress: told about each point.
     """
-    points: list[Point] = [point for document in earlier for point in _points_of(document, rounds, len(world.shards))]
+    federation = world.federation(rounds, delta)
+    points: list[Point] = [point for document in earlier for point in _points_of(document, federation)]
     trained: dict[tuple[LocalRecipe, float, float], dict[int, nn.Module]] = {}
     for index, setting in enumerate(settings):
         key = setting.recipe, setting.clip, setting.noise_multiplier
@@ -282,24 +330,30 @@ def run(
             found = f"accuracy {point.accuracy:.3f}, IIP {point.iip:.2f}, PSNR {point.psnr_db:.1f} dB"
             progress(f"{index + 1}/{len(settings)} {setting.name}: {found}")
     cohort = max([world.cohort, *(int(point.fresh["clients"]) for point in points)])
-    return Tradeoff(tuple(points), recommend(points, max_iip), rounds, len(world.shards), cohort, delta, max_iip, NOTES)
+    best = recommend(points, max_iip)
+    clients = len(world.shards)
+    return Tradeoff(tuple(points), best, rounds, clients, cohort, delta, max_iip, federation, NOTES)
 
 
-def _points_of(document: dict[str, Any], rounds: int, clients: int) -> list[Point]:
+def _points_of(document: dict[str, Any], federation: dict[str, Any]) -> list[Point]:
     """Read the points of an earlier sweep.
 
     Raises:
-        DataError: it is none, or of another federation.
+        DataError: it is none, or of another federation, or does not say of which.
     """
+    if "points" in document and "federation" not in document:
+        raise DataError(
+            "the earlier sweep does not say of which data, model, seed and delta it is, and judged means only",
+            hint="make it again with this version",
+        )
     try:
         points = [_point_of(row) for row in document["points"]]
-        federation = document["rounds"], document["clients"]
+        told = {name: document["federation"][name] for name in federation}
     except (KeyError, TypeError) as error:
         raise DataError("this is no sweep of privacy-tradeoff --json") from error
-    if federation != (rounds, clients):
-        raise DataError(
-            f"the earlier sweep is of {federation[0]} rounds and {federation[1]} clients, not {rounds} and {clients}"
-        )
+    if different := [name for name, value in federation.items() if told[name] != value]:
+        name = different[0]
+        raise DataError(f"the earlier sweep has other {name}: {told[name]}, not {federation[name]}")
     return points
 
 
@@ -316,10 +370,16 @@ def spread(rounds: int, audited: int) -> tuple[int, ...]:
 
 
 def recommend(points: Sequence[Point], max_iip: float) -> Point | None:
-    """Return the most accurate setting within the limit; among equals the one with less noise kept at home first."""
-    allowed = [p for p in points if p.iip <= max_iip]
-    order = sorted(allowed, key=lambda p: (-round(p.accuracy, 2), p.setting.recipe.shares_statistics, p.bound_gain_db))
-    return order[0] if order else None
+    """Return the most accurate setting that is contained in every audited round; at equal accuracy the safer one.
+
+    Where none is contained: the one whose bound is the nearest to the prior, unless the attack succeeds on it; its
+    ``gap`` says what is open. A setting that leaks, or with a mean IIP above ``max_iip``, is never recommended.
+    """
+    allowed = [p for p in points if p.iip <= max_iip and p.verdict != LEAKS]
+    contained = [p for p in allowed if p.verdict == CONTAINED]
+    if not contained:
+        return min(allowed, key=lambda p: (p.bound_gain_db, -p.accuracy), default=None)
+    return min(contained, key=lambda p: (-round(p.accuracy, 2), p.setting.recipe.shares_statistics, p.bound_gain_db))
 
 
 def _judge(
@@ -359,8 +419,9 @@ def _leak(world: World, setting: Setting, model: nn.Module, number: int, attack:
     kept = {key: [record["attack"][key] for record in records] for key in ("psnr_db", "ssim", "iip", "rdlv")}
     kept |= {key: [record[key] for record in records] for key in ("bound_psnr_db", "bound_floor_db")}
     means = {key: _mean([v for v in values if v is not None]) for key, values in kept.items()}
-    worst = [verdict for verdict in (LEAKS, AT_RISK, CONTAINED) if any(r["verdict"] == verdict for r in records)]
-    return {**means, "verdict": worst[0], "clients": cohort, "attacks": len(records)}
+    worst = max(records, key=lambda record: SEVERITY.index(record["verdict"]))
+    said = {"verdict": worst["verdict"], "reason": worst["reason"]}
+    return {**means, **said, "clients": cohort, "attacks": len(records)}
 
 
 def _mean(values: list[float]) -> float | None:

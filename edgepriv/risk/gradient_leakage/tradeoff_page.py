@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from html import escape
 from typing import TYPE_CHECKING
 
 from edgepriv.errors import DataError
@@ -18,7 +19,7 @@ def recommended_toml(result: Tradeoff) -> str:
     """Return the ``[rounds]`` part of ``gateway.toml`` for the recommended setting."""
     if result.recommended is None:
         raise DataError(
-            f"no setting of the sweep leaks at most IIP {result.max_iip}",
+            f"no setting of the sweep withstands the attack at an IIP of at most {result.max_iip}",
             hint="sweep more noise, or statistics at home",
         )
     point, recipe = result.recommended, result.recommended.setting.recipe
@@ -31,6 +32,7 @@ def recommended_toml(result: Tradeoff) -> str:
     lines = [
         f"# edgepriv audit privacy-tradeoff: accuracy {point.accuracy:.3f}, IIP {point.iip:.2f},",
         f"# {spent} after {result.rounds} rounds of {result.clients} devices",
+        f"# {point.gap or 'contained in every audited round'}",
         "[rounds]",
         # the noise counts on all devices together, and so does a sum: fewer would hide less than was measured
         *(['privacy = "masked"', f"min_cohort = {cohort}", f"quorum = {cohort}"] if hides else ['privacy = "clear"']),
@@ -51,6 +53,7 @@ def recommended_toml(result: Tradeoff) -> str:
 
 HEADS = (
     "setting",
+    "verdict",
     "accuracy",
     "epsilon (sum)",
     "IIP",
@@ -68,15 +71,29 @@ def rows(result: Tradeoff) -> list[list[str]]:
     return [
         [
             ("* " if point is result.recommended else "") + point.setting.name,
+            point.verdict,
             f"{point.accuracy:.3f}",
             "none" if point.epsilon is None else f"{point.epsilon:.3g}",
             f"{point.iip:.2f}",
             *(f"{leak['psnr_db']:.1f} dB" for leak in (point.fresh, point.final)),
             *(f"{leak['ssim']:.2f}" for leak in (point.fresh, point.final)),
-            *(f"{leak['bound_psnr_db']:.1f} dB" for leak in (point.fresh, point.final)),
+            *(_decibels(leak["bound_psnr_db"]) for leak in (point.fresh, point.final)),
         ]
         for point in result.points
     ]
+
+
+def _decibels(value: float | None) -> str:
+    return "infinite" if value is None else f"{value:.1f} dB"
+
+
+def recommendation(result: Tradeoff) -> str:
+    """Say in one line what is recommended and what it leaves open."""
+    if result.recommended is None:
+        return f"nothing is recommended: every setting leaks, or has an IIP above {result.max_iip:g}"
+    if result.recommended.gap:
+        return f"* no setting is contained; nearest to it, and NOT contained: {result.recommended.gap}"
+    return f"* recommended: the most accurate that is contained in every audited round (IIP at most {result.max_iip:g})"
 
 
 def as_text(result: Tradeoff) -> str:
@@ -84,10 +101,10 @@ def as_text(result: Tradeoff) -> str:
     body = [list(HEADS), *rows(result)]
     widths = [max(len(line[i]) for line in body) for i in range(len(HEADS))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in body]
-    floor = result.points[0].fresh["bound_floor_db"]
+    floor = _decibels(result.points[0].fresh["bound_floor_db"])
     foot = [
-        f"* recommended: the most accurate with an IIP of at most {result.max_iip:g}",
-        f"IIP is the worst of the audited rounds; the prior alone gives {floor:.1f} dB",
+        recommendation(result),
+        f"IIP is the worst of the audited rounds; the prior alone gives {floor}",
         f"masks: the sum over {result.cohort} canary devices",
     ]
     return "\n".join([*lines, *foot, *result.notes])
@@ -105,7 +122,9 @@ def tradeoff_html(result: Tradeoff) -> str:
     if len(levels) > 1:
         pictures += _over_noise(result, levels)
     pictures += _over_rounds(result)
-    snippet = "" if chosen is None else f"<h2>Recommended</h2><pre>{recommended_toml(result)}</pre>"
+    snippet = f"<h2>Recommended</h2><p>{escape(recommendation(result))}</p>"
+    if chosen is not None:
+        snippet += f"<pre>{escape(recommended_toml(result))}</pre>"
     notes = "".join(f"<li>{note}</li>" for note in result.notes)
     body = f"<h1>Leakage against accuracy</h1>{pictures}{page.table(HEADS, rows(result))}{snippet}<ul>{notes}</ul>"
     return page.document("Leakage against accuracy", body)

@@ -176,10 +176,62 @@ def test_sweeps_of_one_federation_are_put_together(sweep):
     again = tradeoff.run(world, [], rounds=1, earlier=[document])
     assert json.loads(json.dumps(again.record()))["points"] == document["points"]
     assert again.recommended == sweep.recommended
-    with pytest.raises(DataError, match="1 rounds and 3 clients, not 3"):
+    with pytest.raises(DataError, match="other rounds: 1, not 3"):
         tradeoff.run(world, [], rounds=3, earlier=[document])
     with pytest.raises(DataError, match="no sweep"):
         tradeoff.run(world, [], rounds=1, earlier=[{"schema": 1}])
+
+
+def test_sweeps_of_other_data_models_seeds_or_deltas_are_not_put_together(sweep):
+    document = json.loads(json.dumps(sweep.record()))
+    data = datasets.load("digits", limit=200)
+
+    def added(rows=data, model="cnn-bn", seed=0, document=document, **kwargs):
+        world = tradeoff.make_world(rows, model, clients=3, seed=seed, canaries=1)
+        return tradeoff.run(world, [], rounds=1, earlier=[document], **kwargs)
+
+    assert len(added().points) == 3
+    for what, change in (
+        ("data", {"rows": datasets.load("digits", limit=190)}),
+        ("model", {"model": "cnn"}),
+        ("seed", {"seed": 1}),
+        ("delta", {"delta": 1e-6}),
+    ):
+        with pytest.raises(DataError, match=f"other {what}"):
+            added(**change)
+    older = {key: value for key, value in document.items() if key != "federation"}
+    with pytest.raises(DataError, match="does not say of which data"):
+        added(document=older)
+
+
+def _with_verdicts(point, *verdicts, gain=0.0):
+    said = [
+        {**leak, "verdict": v, "reason": f"because {v}"} for (_, leak), v in zip(point.leaks, verdicts, strict=True)
+    ]
+    raised = [{**leak, "bound_psnr_db": leak["bound_floor_db"] + gain, "iip": 0.0} for leak in said]
+    return replace(point, leaks=tuple((n, leak) for (n, _), leak in zip(point.leaks, raised, strict=True)))
+
+
+def test_only_a_setting_that_is_contained_in_every_round_is_recommended_else_the_gap_is_stated(sweep):
+    plain, _, noisy = sweep.points
+    assert noisy.verdict == "contained"
+    assert (plain.accuracy, plain.verdict) > (noisy.accuracy, "contained")
+    leaking = _with_verdicts(plain, "contained", "leaks")
+    assert leaking.iip == 0
+    assert tradeoff.recommend([leaking, noisy], 0.1) is noisy
+    assert tradeoff.recommend([leaking], 1.0) is None
+    far, near = (_with_verdicts(plain, "at risk", "contained", gain=gain) for gain in (40.0, 4.0))
+    assert tradeoff.recommend([far, near, leaking], 0.1) is near
+    assert tradeoff.recommend([far, near, leaking, noisy], 0.1) is noisy
+    result = replace(sweep, points=(far, near, leaking), recommended=near)
+    assert "NOT contained: at risk in round 1: because at risk" in tradeoff_page.as_text(result)
+    assert "# at risk in round 1: because at risk" in tradeoff_page.recommended_toml(result)
+    assert "NOT contained" in tradeoff_page.tradeoff_html(result)
+    nothing = replace(result, recommended=None)
+    assert "nothing is recommended" in tradeoff_page.as_text(nothing)
+    missing = _with_verdicts(plain, "at risk", "at risk")
+    odd = replace(missing, leaks=tuple((n, {**leak, "bound_psnr_db": None}) for n, leak in missing.leaks))
+    assert odd.bound_gain_db == math.inf
 
 
 def test_without_a_setting_within_the_limit_nothing_is_recommended(sweep):
