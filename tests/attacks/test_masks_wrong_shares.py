@@ -13,7 +13,7 @@ from round_fleet import Fleet, fixed_trainer
 from edgepriv.errors import WireError
 from edgepriv.federated import masking
 from edgepriv.primitives import sharing
-from edgepriv.wire import message
+from edgepriv.wire import message, rounds
 from edgepriv.wire.rounds import Reveal
 from gateway.unmasking import MAX_SEARCHES, Seeds, UnfinishedError
 
@@ -132,3 +132,27 @@ def test_members_who_share_by_the_higher_threshold_are_understood(tmp_path):
     record = fleet.run()
     assert record.outcome == "done", record.reason
     assert np.allclose(fleet.weights(record)["w"], 1.0, atol=1e-3)
+
+
+@pytest.mark.parametrize("key", ["share_key", "mask_key"])
+def test_a_member_whose_key_agrees_on_nothing_does_not_get_into_the_cohort(tmp_path, key):
+    fleet = Fleet(tmp_path, [fixed_trainer({"w": np.ones(8)}, 1) for _ in range(5)])
+    take = fleet.conductor.on_message
+
+    def poisoned(device, outer, now):
+        if outer.step == "join" and device == "dev-000":
+            body = message.decode(outer.body)
+            advert = dataclasses.replace(rounds.read_advert(body.advert, fleet.trust), **{key: bytes(32)})
+            signed = rounds.sign_advert(advert, fleet.devices[device].identity)
+            outer = dataclasses.replace(outer, body=message.encode(dataclasses.replace(body, advert=signed)))
+            with pytest.raises(WireError):
+                take(device, outer, now)
+            return []
+        return take(device, outer, now)
+
+    fleet.conductor.on_message = poisoned
+    plan = {"privacy": "masked", "max_weight": 1, "min_cohort": 3}
+    fleet.open(fleet.plan({"w": np.zeros(8, np.float32)}, **plan))
+    record = fleet.run()
+    assert record.outcome == "done", record.reason
+    assert record.participants == ("dev-001", "dev-002", "dev-003", "dev-004")

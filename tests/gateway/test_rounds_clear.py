@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+
 import numpy as np
+import pytest
 from round_fleet import Fleet, fixed_trainer
 
 from edgepriv.wire.update import encode_update
+from gateway import aggregate, robust_sum
+from gateway.conductor import Conductor
 
 
 def _deltas(n, rng, size=7):
@@ -57,3 +62,35 @@ def test_nan_in_an_update_is_a_counted_rejection_and_the_round_goes_on(tmp_path)
     assert record.participants == ("dev-000",)
     assert fleet.conductor.counters["updates_refused"] == 1
     assert dict(record.rejected)["dev-001"] == "an update has NaN or infinity"
+
+
+@pytest.mark.parametrize("rule", ["mean", "median"])
+def test_a_sum_that_cannot_be_read_to_its_end_aborts_with_a_reason_also_after_a_restart(tmp_path, monkeypatch, rule):
+    def no_files(*_, **__):
+        raise OSError(errno.EMFILE, "Too many open files", "/secret/path")
+
+    fleet = Fleet(tmp_path, [fixed_trainer({"w": np.ones(4)}, 1) for _ in range(3)])
+    fleet.open(fleet.plan({"w": np.zeros(4, np.float32)}, quorum=2, rule=rule))
+    monkeypatch.setattr(aggregate, "finish", no_files)
+    monkeypatch.setattr(robust_sum, "robust_finish", no_files)
+    with monkeypatch.context() as patch:  # killed at the very end: the next process has to finish it
+        patch.setattr(Conductor, "_finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            fleet.run()
+    fleet.restart()
+    record = fleet.run()
+    assert (record.outcome, record.reason) == ("aborted", "the sum could not be finished: Too many open files")
+
+
+def test_a_durable_sum_that_is_not_the_rounds_ends_it_and_not_the_gateway(tmp_path):
+    fleet = Fleet(tmp_path, [fixed_trainer({"w": np.ones(4)}, 1) for _ in range(3)])
+    fleet.hold = {"dev-002"}
+    fleet.open(fleet.plan({"w": np.zeros(4, np.float32)}, quorum=2))
+    for _ in range(4):
+        fleet.turn()
+    (path,) = (tmp_path / "gateway").glob("round-1/sum.bin")
+    path.write_bytes(path.read_bytes()[4:])
+    fleet.hold = set()
+    record = fleet.run()
+    assert record.outcome == "aborted"
+    assert "is not the sum of round 1" in record.reason
