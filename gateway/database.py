@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Row = tuple[Any, ...]
 BUSY_TIMEOUT_S = 10.0
+MIGRATION_LOCK = 0x6564_6765  # "edge": PostgreSQL's advisory lock of whoever brings the schema up to date
 _POSTGRES_TYPES = {" BLOB": " BYTEA", " INTEGER": " BIGINT", " REAL": " DOUBLE PRECISION"}
 
 
@@ -278,9 +279,11 @@ class PostgresDatabase:
             self._run(translated, ())
 
     def schema_version(self) -> int:
-        """See Database."""
-        self._run("CREATE TABLE IF NOT EXISTS schema_version (version BIGINT NOT NULL)", ())
-        rows = self.query("SELECT version FROM schema_version")
+        """See Database; one process at a time until the transaction ends, because even IF NOT EXISTS collides."""
+        with self.transaction():
+            self._run("SELECT pg_advisory_xact_lock(?)", (MIGRATION_LOCK,))
+            self._run("CREATE TABLE IF NOT EXISTS schema_version (version BIGINT NOT NULL)", ())
+            rows = self.query("SELECT version FROM schema_version")
         return int(rows[0][0]) if rows else 0
 
     def set_schema_version(self, version: int) -> None:

@@ -91,7 +91,9 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
 
 
 def migrate(database: Database) -> int:
-    """Apply the migrations that are missing, each in a transaction; returns the schema's version.
+    """Apply the migrations that are missing, all or none; returns the schema's version.
+
+    Processes that begin on an empty database at the same time (gateway and pages) take turns.
 
     Raises:
         ConfigError: the store was written by a newer release.
@@ -104,8 +106,9 @@ def migrate(database: Database) -> int:
             f"the store has schema {version}, this release knows {len(MIGRATIONS)}",
             hint="install the newer release again",
         )
-    for number in range(version, len(MIGRATIONS)):
+    if version < len(MIGRATIONS):
         with database.transaction():
-            database.script(MIGRATIONS[number])
-            database.set_schema_version(number + 1)
+            for number in range(database.schema_version(), len(MIGRATIONS)):  # another process may have been first
+                database.script(MIGRATIONS[number])
+                database.set_schema_version(number + 1)
     return len(MIGRATIONS)
