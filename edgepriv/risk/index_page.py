@@ -111,15 +111,21 @@ def _history(jobs: list[Job]) -> str:
 
 
 def _round(row: dict[str, Any]) -> str:
-    number, attack = int(row["round"]), row.get("attack") or {}
-    bound, floor = row.get("bound_psnr_db"), row.get("bound_floor_db")
+    """A row of what `RoundWatch` keeps: number, weights, and a report that holds figures or the reason of a failure."""
+    number, report = int(row["round"]), row.get("report") or {}
+    if "error" in report:
+        said = f"<td>not audited</td><td colspan=2>{escape(str(report['error']))}</td>"
+        return f'<tr><th scope="row">{number}</th>{said}</tr>'
+    attack = report.get("attack") or {}
+    bound, floor = report.get("leakage_bound"), report.get("leakage_floor")
     shown = f"{bound:.1f} dB; the prior alone {floor:.1f} dB" if bound is not None and floor is not None else "&ndash;"
     best = (
         f"{attack['psnr_db']:.1f} dB, SSIM {attack['ssim']:.2f}" if {"psnr_db", "ssim"} <= attack.keys() else "&ndash;"
     )
+    word = _word(str(report.get("verdict", "no verdict")))
     return (
         f'<tr><th scope="row"><a href="/rounds/{number}.html">{number}</a></th>'
-        f"<td>{_word(str(row.get('verdict', 'no verdict')))}</td><td>{shown}</td><td>{best}</td></tr>"
+        f"<td>{word}<br>{escape(str(report.get('reason', '')))}</td><td>{shown}</td><td>{best}</td></tr>"
     )
 
 

@@ -105,6 +105,32 @@ def test_the_first_page_names_models_with_verdicts_and_releases_with_their_cards
         assert answer(audited, target)[0] == 200, target
 
 
+def test_the_first_page_shows_audited_rounds_and_links_no_page_of_one_that_could_not_be_audited(tmp_path):
+    service = service_with(tmp_path, {})
+    figures = {"psnr_db": 12.34, "ssim": 0.456, "iip": 0.0, "rdlv": None, "pool_size": 500, "seconds": 1.0}
+    found = {
+        "verdict": "contained", "reason": "near <the> prior", "attack": figures, "leakage_bound": 11.9,
+        "leakage_floor": 11.4,
+    }  # fmt: skip
+    told = {"before": b"w" * 32, "round": 3}
+    service.rounds._keep(told, found)
+    (service.rounds.folder / "3.html").write_text("<!doctype html><title>3</title>")
+    service.rounds._keep({**told, "round": 4}, {**found, "verdict": "leaks", "leakage_bound": None})
+    (service.rounds.folder / "4.html").write_text("<!doctype html><title>4</title>")
+    service.rounds._keep({**told, "round": 5}, {"error": "the weights <are> gone"})
+    page = answer(service, "/")[2].decode()
+    for words in (
+        '<strong class="good">contained</strong>', '<strong class="bad">leaks</strong>', "near &lt;the&gt; prior",
+        "11.9 dB; the prior alone 11.4 dB", "12.3 dB, SSIM 0.46", "not audited", "the weights &lt;are&gt; gone",
+    ):  # fmt: skip
+        assert words in page, words
+    assert "no verdict" not in page
+    links = set(re.findall(r'href="(/rounds/[^"]+)"', page))
+    assert links == {"/rounds/3.html", "/rounds/4.html"}
+    assert all(answer(service, link)[0] == 200 for link in links)
+    service.close()
+
+
 def test_earlier_verdicts_under_the_same_name_stay_to_be_seen(tmp_path):
     service = service_with(tmp_path, {})
     for version in (b"one", b"two", b"three"):

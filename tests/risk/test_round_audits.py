@@ -25,6 +25,7 @@ from edgepriv.risk.config import (  # noqa: E402
     RoundsSection,
     load_config,
 )
+from edgepriv.risk.index_page import index_html  # noqa: E402
 from edgepriv.risk.metrics import RiskMetrics  # noqa: E402
 from edgepriv.risk.pages import answer  # noqa: E402
 from edgepriv.risk.round_audit import played  # noqa: E402
@@ -209,6 +210,11 @@ def test_the_pages_and_the_command_show_audited_rounds(watch, weights, tmp_path)
     assert json.loads(answer(Service, "/rounds")[2])[0]["report"] == gateway.reports[1]
     assert b"What an update of round 1 gives away" in answer(Service, "/rounds/1.html")[2]
     assert answer(Service, "/rounds/../../x.json")[0] == 404
+    first = index_html([], service.found(), [])
+    report = gateway.reports[1]
+    assert f">{report['verdict']}</strong>" in first
+    assert f"{report['leakage_bound']:.1f} dB; the prior alone {report['leakage_floor']:.1f} dB" in first
+    assert f"{report['attack']['psnr_db']:.1f} dB, SSIM {report['attack']['ssim']:.2f}" in first
     config = tmp_path / "risk.toml"
     config.write_text(
         '[risk]\nidentity="k"\nowner="o"\ntrust="t"\ngateway="gateway-main"\nstate="state"\n'
