@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +12,14 @@ import click
 from edgepriv.errors import ConfigError, DataError, RiskThresholdError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
     from numpy.typing import NDArray
 
     from edgepriv.risk.gradient_leakage.class_inversion import ClassInversion
 
     Pictures = tuple[NDArray[np.float32], NDArray[np.int64]]
-
-RECOGNISED = 0.5  # share of classes told apart by an independent judge; at least three times chance
 
 
 @click.command()
@@ -33,7 +34,9 @@ RECOGNISED = 0.5  # share of classes told apart by an independent judge; at leas
 @click.option("--non-members", default=None, help="Pictures of the same kind that were not.")
 @click.option("--iterations", type=click.IntRange(1), default=150, show_default=True, help="Of the class inversion.")
 @click.option("--limit", type=click.IntRange(20), default=2000, show_default=True, help="Pictures of each set.")
-@click.option("--fail-on-leak", is_flag=True, help="Exit code 3 where classes or members can be told.")
+@click.option(
+    "--fail-on-leak", is_flag=True, help="Exit code 3 where classes or members can be told, or it cannot be decided."
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1, 64))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -46,7 +49,7 @@ def model(
     Membership by the loss alone is a weak attack: `edgepriv audit membership` trains shadows for a strong one.
     """
     from edgepriv.risk import models
-    from edgepriv.risk.gradient_leakage.class_inversion import invert_classes
+    from edgepriv.risk.gradient_leakage.class_inversion import LEAK, UNDECIDABLE, invert_classes, judge_classes
 
     if (options["members"] is None) != (options["non_members"] is None):
         raise ConfigError("membership needs both --members and --non-members")
@@ -56,11 +59,13 @@ def model(
     if int(labels.max()) >= classes:
         raise DataError(f"the model knows {classes} classes, --public has label {int(labels.max())}")
     found = invert_classes(net, classes, images, labels, iterations=options["iterations"], seed=options["seed"])
-    leaks = found.recognised >= max(RECOGNISED, 3 / classes)
+    judged = judge_classes(found, _fresh(architecture, classes, (images, labels), options))
+    leaks = judged.word == LEAK
     record: dict[str, Any] = {
         "schema": "edgepriv.audit-model/1",
         "class_inversion": found.record(),
-        "classes_leak": leaks,
+        "classes_leak": None if judged.word == UNDECIDABLE else leaks,
+        "classes": asdict(judged),
         "membership": _membership(net, options) if options["members"] else None,
         "caveat": "Class pictures are averages, not persons; a failed attack is no proof.",
     }
@@ -70,6 +75,11 @@ def model(
     told = record["membership"] is not None and record["membership"]["above_threshold"]
     if options["fail_on_leak"] and (leaks or told):
         raise RiskThresholdError("the model gives its classes or members away", hint="more noise in the rounds")
+    if options["fail_on_leak"] and judged.word == UNDECIDABLE:
+        raise RiskThresholdError(
+            f"whether the model gives its classes away is undecidable: {judged.reason}",
+            hint="--public with pictures of two classes or more",
+        )
 
 
 def _pictures(spec: str, limit: int) -> Pictures:
@@ -100,6 +110,27 @@ def _network(architecture: str, weights: Path | None, global_path: Path | None, 
     if given:
         models.put_weights(net, given, architecture, complete=weights is None)
     return net.eval(), classes
+
+
+def _fresh(
+    architecture: str, classes: int, known: Pictures, options: dict[str, Any]
+) -> Callable[[int], ClassInversion]:
+    """Return what inverts a network of this architecture that has seen nothing, by number."""
+    import torch
+
+    from edgepriv.risk import models
+    from edgepriv.risk.gradient_leakage.class_inversion import invert_classes
+
+    images, labels = known
+
+    def inverted(number: int) -> ClassInversion:
+        torch.manual_seed(1_000_003 * (number + 1) + int(options["seed"]))
+        net = models.build(architecture, classes, images.shape[1], images.shape[2]).eval()
+        return invert_classes(
+            net, classes, images, labels, iterations=options["iterations"], seed=options["seed"] + number + 1
+        )
+
+    return inverted
 
 
 def _membership(net: Any, options: dict[str, Any]) -> dict[str, Any]:
@@ -149,11 +180,11 @@ def _write_html(path: Path, found: ClassInversion, known: Pictures, record: dict
 
 def _as_text(record: dict[str, Any]) -> str:
     found, told = record["class_inversion"], record["membership"]
-    word = "leak" if record["classes_leak"] else "do not show"
+    judged = record["classes"]
     similar = f"SSIM with the class means {found['mean_ssim']:.2f} (the prior: {found['prior_ssim']:.2f})"
     return "\n".join(
         [
-            f"classes {word}: {found['recognised']:.0%} of the inverted classes are recognised, {similar}",
+            f"classes {judged['word']}: {judged['reason']}, {similar}",
             f"members: {told['verdict']}" if told else "members: not asked (--members and --non-members)",
             record["caveat"],
         ]
