@@ -21,7 +21,7 @@ from edgepriv.device import protected
 from edgepriv.device.infer import Inferer, ModelSpec
 from edgepriv.device.models import ModelStore
 from edgepriv.device.packing import Golden, Limits, pack
-from edgepriv.errors import DataError, EdgeprivError, RefusedError, TemporaryError, TrustError
+from edgepriv.errors import DataError, EdgeprivError, MissingFileError, RefusedError, TemporaryError, TrustError
 from edgepriv.keys import Identity
 from edgepriv.selective_encryption.restore import Restored
 
@@ -183,6 +183,28 @@ def test_a_first_model_that_crashed_twice_goes_on_being_tried_and_the_reason_is_
     device.start()
     assert not device.store.report()["refused"]
     assert answers(device.store, maker)
+
+
+def test_only_revocation_leaves_no_model(maker, device):
+    device.confirmed(1)
+    current = device.confirmed(2)
+    segment = device.store.place() / "level-1.segment"
+    content = segment.read_bytes()
+    segment.write_bytes(b"a bad block")
+    assert not device.reread().revoked()
+    assert device.store.withdraw("not so") == current
+    with pytest.raises(EdgeprivError):
+        device.start()
+    segment.write_bytes(content)
+    device.start()
+    device.store.trust = maker.trust(revoked=[current])
+    assert device.store.revoked()
+    with pytest.raises(RefusedError, match="no good model is left"):
+        device.store.withdraw("the owner has revoked it")
+    assert device.store.report()["digest"] == ""
+    assert "the owner has revoked it" in device.store.report()["refused"].values()
+    with pytest.raises(MissingFileError, match="no model is installed"):
+        device.store.roll_back("by hand")
 
 
 def test_only_what_was_opened_is_confirmed_or_given_up(device):
