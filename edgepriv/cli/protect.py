@@ -178,6 +178,7 @@ def _text(report: dict[str, Any], out: Path) -> str:
     shares = f"{report['share']:.2%} of the convolution weights, {report['share_of_all_weights']:.2%} of all"
     lines = [
         f"{out}: {report['units']} kernels encrypted ({shares}), chosen by {report['selection']}",
+        f"  input {report['input_type']}",
         f"  plain {shown(report['plain'])}, masked {shown(report['masked'])}, chance {shown(report['chance'])}",
     ]
     for level in report["levels"]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 TASKS = ("classify", "denoise")
 BATCH = 200
+FLOATS: dict[str, Any] = {"tensor(float16)": np.float16, "tensor(double)": np.float64}  # else float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,7 @@ def outputs(model: Restored | bytes, x: NDArray[np.float32], *, threads: int = 1
         fixed = isinstance(first.shape[0], int)
         step = first.shape[0] if fixed else BATCH
         x = x[: len(x) // step * step] if fixed else x
-        kind = np.float16 if first.type == "tensor(float16)" else np.float32
+        kind = FLOATS.get(first.type, np.float32)
         parts = [session.run(None, {first.name: x[at : at + step].astype(kind)})[0] for at in range(0, len(x), step)]
     except Exception as error:  # onnxruntime raises many types; each means: not this model with this data
         raise DataError(f"the model does not run on this data: {' '.join(str(error).split())[:260]}") from error

@@ -193,6 +193,24 @@ def _layer(node: Any, tensor: Any) -> Layer | None:
     return None
 
 
+def input_type(model: onnx.ModelProto) -> str:
+    """Element type of the model's first input, for example ``float16``.
+
+    Raises:
+        DataError: it takes neither pictures nor other floating-point numbers.
+    """
+    weights = {tensor.name for tensor in model.graph.initializer}
+    given = next((item for item in model.graph.input if item.name not in weights), None)
+    kind = 0 if given is None else given.type.tensor_type.elem_type
+    if kind not in {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE}:
+        name = "nothing" if given is None else onnx.TensorProto.DataType.Name(kind).lower()
+        raise DataError(
+            f"the model's input takes {name}: devices feed float32, float16 or float64",
+            hint="export it with a floating-point input",
+        )
+    return str(onnx.helper.tensor_dtype_to_np_dtype(kind).name)
+
+
 def weight_rows(model: onnx.ModelProto, layer: Layer) -> NDArray[Any]:
     """The layer's weights [units, unit_size] in the file's own element type (a copy)."""
     tensor = next(item for item in model.graph.initializer if item.name == layer.name)

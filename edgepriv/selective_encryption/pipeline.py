@@ -82,7 +82,7 @@ def make_bundle(
     elif version > 1:
         log(NO_PREVIOUS)
     targets = protection.parse_levels(options.levels)
-    original = plain
+    original, taken = plain, carrier.input_type(plain)
     folded = 0
     if not options.keep_bn:
         plain, folded = carrier.fold_batchnorm(plain)
@@ -93,6 +93,7 @@ def make_bundle(
     share, made, attackers = _accepted(original, plain, layers, scores, options, train, test, decoys_of, log)
     plans = protection.plan_levels(made, targets, test, threads=options.threads, log=log)
     report = _report(name, made, plans, test, used, share, folded, attackers, options)
+    report["input_type"] = taken
     report["previous_version"] = previous.version if previous is not None else None
     about = {**report, "input": dict(form)}
     bundle = protection.finish(
