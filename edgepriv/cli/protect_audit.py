@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from edgepriv.cli.protect_data import InputForm, load_samples
 from edgepriv.errors import ConfigError, RiskThresholdError
 
 if TYPE_CHECKING:
+    from edgepriv.selective_encryption.attack.audit import Opened
     from edgepriv.selective_encryption.attack.document import Subject
     from edgepriv.selective_encryption.calibrate import Samples
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 @click.option("--labels", default="20,100", show_default=True, help="Label counts of the attackers.")
 @click.option("--shares", default="0.01,0.1", show_default=True, help="The same as shares of the data.")
 @click.option("--no-decoys", is_flag=True, help="Do not run the decoy detectors.")
+@click.option("--no-opened", is_flag=True, help="Do not attack the levels from below as their holders could.")
 @click.option("--no-startup", is_flag=True, help="Do not measure the start-up.")
 @click.option("--max-gain", type=float, help="End with exit code 3 when an attacker gains more.")
 @click.option("--threads", default=1, show_default=True)
@@ -41,6 +44,8 @@ def audit(folder: Path, data: str, original: Path | None, as_json: bool, **flags
     form = InputForm.from_fields(paper.about.get("input", {}))
     train = load_samples(data, form, split="train", limit=flags["limit"])
     test = load_samples(data, form, split="test", limit=flags["test_limit"])
+    if not flags["no_opened"]:
+        subject = replace(subject, opened=_opened(folder, paper, plain, test, flags["threads"]))
     result = _document(folder, subject, paper, (plain, masked), train, test, flags)
     click.echo(json.dumps(result, indent=1) if as_json else text(result))
     limit = flags["max_gain"]
@@ -67,6 +72,24 @@ def _subject(folder: Path, original: Path | None) -> tuple[Subject, Any, Any, An
     source = carrier.load(original) if original is not None else models[0]
     kind = str(paper.about.get("decoys", "mixture"))
     return Subject(source, layers, selected, kind, share), paper, plain, masked
+
+
+def _opened(folder: Path, paper: Any, plain: Any, test: Samples, threads: int) -> list[Opened]:
+    """Each level below the whole model as its holder has it."""
+    from edgepriv.selective_encryption import bundle_files, calibrate, carrier, levels
+    from edgepriv.selective_encryption.attack.audit import Opened
+    from edgepriv.selective_encryption.restore import open_with_key
+
+    top, found = bundle_files.read_secrets(folder)["key"], []
+    whole = carrier.from_files(dict(zip(plain.names, plain.files, strict=True)))
+    layers = carrier.layers(whole, dense=bool(paper.about.get("dense")))
+    for item in paper.levels[:-1]:
+        key = levels.key_at(top, paper.binding.model_id, len(paper.levels), item.level)
+        opened = open_with_key(paper, key, item.level, bundle_files.read_stored(folder, paper, level=item.level))
+        part = carrier.from_files(dict(zip(opened.names, opened.files, strict=True)))
+        quality = calibrate.quality(opened, test, threads=threads)
+        found.append(Opened(item.level, quality, carrier.differing_units(whole, part, layers)))
+    return found
 
 
 def _document(
@@ -120,6 +143,7 @@ def _startup(folder: Path, paper: Any, plain: Any) -> float:
 
 def text(result: dict[str, Any]) -> str:
     """The document for people."""
+    from edgepriv.selective_encryption.attack.audit import opened_line
     from edgepriv.selective_encryption.attack.document import detection
 
     lines = [
@@ -135,6 +159,7 @@ def text(result: dict[str, Any]) -> str:
         for run in result["attackers"]
     ]
     lines.append(f"worst gain with labels {result['worst_gain']:+.3f}, without {result['label_free_gain']:+.3f}")
+    lines += [f"holder of {opened_line(row)}" for row in result["opened_levels"]]
     lines += [detection(row) for row in result["decoys"]]
     if result["startup_ratio"] is not None:
         lines.append(f"start-up with all levels: {result['startup_ratio']:.2f} x the plain file's CPU time")

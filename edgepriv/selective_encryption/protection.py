@@ -62,6 +62,13 @@ class Draft:
             region.rows(files)[units] = region.rows(self.plain)[units]
         return Restored(0, b"", 0, self.names, files)
 
+    def hidden_after(self, count: int) -> dict[str, NDArray[np.bool_]]:
+        """Units of each layer that stay encrypted when the first ``count`` of the order are given back."""
+        hidden = {layer.name: np.zeros(layer.units, bool) for layer in self.layers}
+        for number, units in _by_region(self.choice.order[count:]).items():
+            hidden[self.layers[number].name][units] = True
+        return hidden
+
     def whole(self) -> Restored:
         """The plain model, in memory."""
         return Restored(0, b"", 0, self.names, self.plain)

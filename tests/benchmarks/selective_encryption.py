@@ -25,6 +25,7 @@ from torch.nn import functional
 from edgepriv import datasets
 from edgepriv.keys import Identity
 from edgepriv.selective_encryption import calibrate, carrier, protection, startup
+from edgepriv.selective_encryption.attack.audit import Opened
 from edgepriv.selective_encryption.attack.document import Subject, document, table
 from edgepriv.selective_encryption.calibrate import Samples
 from edgepriv.selective_encryption.select import architectures, compute
@@ -236,8 +237,9 @@ def classify_report(flags: argparse.Namespace) -> dict:
     plans = protection.plan_levels(made, five_targets(test.floor, quality), test, threads=flags.threads, log=log)
     timed = startup_report()
     log(f"start-up ratio {timed['ratio']:.2f}")
+    opened = [Opened(n, p.quality, made.hidden_after(p.count)) for n, p in enumerate(plans[:-1], 1)]
     result = document(
-        Subject(original, layers, made.choice.selected, "mixture", made.share),
+        Subject(original, layers, made.choice.selected, "mixture", made.share, opened),
         data,
         test,
         masked_quality=masked,

@@ -183,6 +183,14 @@ def test_protect_audit_prints_the_document(protected, digits_model):
     assert ("fine-tuning", 20) in names
     for run in report["attackers"]:
         assert run["gain"] == pytest.approx(run["accuracy"] - max(run["scratch"], run["all_conv"]))
+    holders = report["opened_levels"]
+    assert [(row["level"], row["name"], row["data"]) for row in holders] == [
+        (1, "BatchNorm re-calibration", 0),
+        (1, "fine-tuning", 60),  # as many as --limit leaves
+    ]
+    for row in holders:
+        assert abs(row["opened"] - 0.5) <= 0.1
+        assert row["gain"] == pytest.approx(row["accuracy"] - max(row["opened"], row["scratch"], row["all_conv"]))
 
 
 def test_protect_refuses_when_an_attacker_gains_too_much(digits_model, tmp_path):
@@ -276,6 +284,41 @@ def test_a_wrong_flag_of_protect_is_named(digits_model, tmp_path, flags, words):
     with pytest.raises(EdgeprivError, match=words):
         command("protect", digits_model, "--out", tmp_path / "p", *flags)
     assert not (tmp_path / "p" / "manifest.cbor").exists()
+
+
+def half(path, folder, kind=10):
+    """The same model with float16 weights and input, or with an input of another type."""
+    import onnx
+    from onnx import numpy_helper
+
+    model = onnx.load(str(path))
+    for tensor in model.graph.initializer if kind == 10 else ():
+        if tensor.data_type == 1:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.elem_type = kind
+    del model.graph.value_info[:]
+    onnx.save(model, str(folder / "half.onnx"))
+    return folder / "half.onnx"
+
+
+def test_a_float16_model_is_protected_delivered_and_judged(digits_model, site, tmp_path):
+    out, source = tmp_path / "p", half(digits_model, tmp_path)
+    report = command(
+        *("protect", source, "--data", "digits", "--share", "0.15", "--levels", "0.5,full", "--out", out),
+        *("--issuer", site / "owner.key", "--check", "none", "--json"),
+    )
+    assert (report["input_type"], report["selection"]) == ("float16", "fisher")
+    assert report["masked"] <= report["chance"] + 0.02
+    command(
+        *("model", "publish", out, "--repository", tmp_path / "repo", "--owner", site / "owner.key"),
+        *("--data", "digits", "--golden", "24", "--min-accuracy", "0.8"),
+    )
+    pull = ("model", "pull", "--config", fresh_device(site, tmp_path), "--repository", tmp_path / "repo")
+    found = command(*pull, "--name", "half", "--permission", permit((out, None), site), "--json")
+    assert found["quality"] >= 0.8
+    with pytest.raises(DataError, match="takes uint8: devices feed"):
+        command("protect", half(digits_model, tmp_path, kind=2), "--out", tmp_path / "q")
 
 
 def test_a_further_version_goes_on_with_name_issuer_and_positions_of_the_one_before(digits_model, tmp_path):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 LABELLED = ("fine-tuning", "folded, BatchNorm re-inserted", "known positions, BatchNorm fixed", "known positions")
 LABEL_FREE = "BatchNorm re-calibration"
+OPENED_LABELS = 100  # what the holder of a level fine-tunes with
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,15 @@ class Attacker:
     def fields(self) -> dict[str, Any]:
         """As the audit document writes it."""
         return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A level below the whole model, as its holder has it: what it is worth, and the units that stay encrypted."""
+
+    level: int
+    quality: float
+    hidden: Mapping[str, NDArray[np.bool_]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,16 +87,19 @@ def targets(
         kind: of the decoys.
     """
     everything = {layer.name: np.ones(layer.units, bool) for layer in layers}
+    options = {"secret": secret, "model_id": model_id, "kind": kind}
+    return forms(plain, layers, selected, **options), forms(plain, layers, everything, **options)
+
+
+def forms(plain: Any, layers: Sequence[Layer], selected: Mapping[str, NDArray[np.bool_]], **options: Any) -> Forms:
+    """The plain model with decoys in the selected units; ``options`` of `masked_rows`."""
     folded, count = carrier.fold_batchnorm(plain)
 
-    def made(model: Any, chosen: Mapping[str, NDArray[np.bool_]]) -> Target:
-        rows = masked_rows(model, layers, chosen, secret=secret, model_id=model_id, kind=kind)
-        return recovery.Target(carrier.with_rows(model, rows), chosen)
+    def made(model: Any) -> Target:
+        rows = masked_rows(model, layers, selected, **options)
+        return recovery.Target(carrier.with_rows(model, rows), selected)
 
-    def forms(chosen: Mapping[str, NDArray[np.bool_]]) -> Forms:
-        return Forms(made(plain, chosen) if count else None, made(folded, chosen))
-
-    return forms(selected), forms(everything)
+    return Forms(made(plain) if count else None, made(folded))
 
 
 def run_attacks(
@@ -124,6 +137,51 @@ def _label_free(masked: Forms, all_conv: Forms, data: Samples, test: Samples) ->
     ours = recovery.recalibrate(_best(masked), data, test)
     theirs = recovery.recalibrate(_best(all_conv), data, test)
     return Attacker(LABEL_FREE, 0, ours, test.floor, theirs, ours - max(test.floor, theirs), 1)
+
+
+def attack_opened(
+    opened: Sequence[tuple[Opened, Forms]],
+    all_conv: Forms,
+    data: Samples,
+    test: Samples,
+    *,
+    flip: bool = True,
+    log: Callable[[str], None] = lambda _: None,
+) -> list[dict[str, Any]]:
+    """Attack the levels above one's own, one seed: without labels, and by fine-tuning with 100.
+
+    Gain: over the larger of what the level gives anyway, training from scratch (chance where there are no labels)
+    and the same attack on the all-convolutions-encrypted model.
+    """
+    if not opened:
+        return []
+    part = data.head(OPENED_LABELS)
+    recipe = recovery.Recipe(recovery.steps_for(len(part.x)), flip=flip)
+    bare = recovery.scratch(_best(all_conv), part, test, recipe, seed=0)
+    references = {
+        (LABEL_FREE, 0): (test.floor, recovery.recalibrate(_best(all_conv), data, test)),
+        (LABELLED[0], len(part.x)): (bare, recovery.fine_tune(_best(all_conv), part, test, recipe, seed=0)),
+    }
+    rows = []
+    for one, forms_ in opened:
+        for (name, count), (scratch, theirs) in references.items():
+            if count:
+                ours = recovery.fine_tune(_best(forms_), part, test, recipe, seed=0)
+            else:
+                ours = recovery.recalibrate(_best(forms_), data, test)
+            row = {"level": one.level, "opened": one.quality, "name": name, "data": count, "accuracy": ours}
+            row |= {"scratch": scratch, "all_conv": theirs, "gain": ours - max(one.quality, scratch, theirs)}
+            rows.append(row)
+            log(opened_line(row))
+    return rows
+
+
+def opened_line(row: Mapping[str, Any]) -> str:
+    """One row of `attack_opened` for people."""
+    return (
+        f"level {row['level']} ({row['opened']:.3f}), {row['name']}, {row['data']} labels: {row['accuracy']:.3f}; "
+        f"scratch {row['scratch']:.3f}, all conv {row['all_conv']:.3f}, gain {row['gain']:+.3f}"
+    )
 
 
 def _attack(name: str, forms: Forms, data: Samples, test: Samples, recipe: recovery.Recipe, seed: int) -> float:

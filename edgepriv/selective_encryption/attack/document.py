@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from edgepriv.selective_encryption.attack.audit import Opened
     from edgepriv.selective_encryption.calibrate import Samples
     from edgepriv.selective_encryption.carrier import Layer
 
@@ -30,7 +31,8 @@ class Subject:
     """What is audited, in clear on the owner's machine.
 
     ``original`` is the plain model, with its BatchNorm layers where the owner still has it so; ``layers`` its
-    convolutions; ``selected`` the encrypted units; ``kind`` the decoys; ``share`` of the convolution weights.
+    convolutions; ``selected`` the encrypted units; ``kind`` the decoys; ``share`` of the convolution weights;
+    ``opened`` the levels below the whole model, each attacked by its own holder.
     """
 
     original: Any
@@ -38,6 +40,7 @@ class Subject:
     selected: Mapping[str, NDArray[np.bool_]]
     kind: str
     share: float
+    opened: Sequence[Opened] = ()
 
 
 def document(
@@ -73,12 +76,11 @@ def document(
         detectors: decoy detectors.
         log: progress.
     """
-    secret, model_id = np.random.default_rng(0).bytes(32), bytes(16)
-    pair = audit.targets(
-        subject.original, subject.layers, subject.selected, secret=secret, model_id=model_id, kind=subject.kind
-    )
+    how: dict[str, Any] = {"secret": np.random.default_rng(0).bytes(32), "model_id": bytes(16), "kind": subject.kind}
+    pair = audit.targets(subject.original, subject.layers, subject.selected, **how)
     counts = sorted({*labels, *(max(1, round(share * len(data.x))) for share in shares)})
     attackers = audit.run_attacks(*pair, data, test, label_counts=counts, seeds=seeds, flip=flip, log=log)
+    holders = [(one, audit.forms(subject.original, subject.layers, one.hidden, **how)) for one in subject.opened]
     return {
         "schema": SCHEMA,
         "share": subject.share,
@@ -88,6 +90,7 @@ def document(
         "attackers": [run.fields() for run in attackers],
         "worst_gain": audit.worst_gain(attackers),
         "label_free_gain": audit.label_free_gain(attackers),
+        "opened_levels": audit.attack_opened(holders, pair[1], data, test, flip=flip, log=log),
         "decoys": decoy_rows(subject, detectors, log),
         "levels": list(levels),
         "startup_ratio": startup_ratio,
