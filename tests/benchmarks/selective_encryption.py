@@ -237,7 +237,8 @@ def classify_report(flags: argparse.Namespace) -> dict:
     plans = protection.plan_levels(made, five_targets(test.floor, quality), test, threads=flags.threads, log=log)
     timed = startup_report()
     log(f"start-up ratio {timed['ratio']:.2f}")
-    opened = [Opened(n, p.quality, made.hidden_after(p.count)) for n, p in enumerate(plans[:-1], 1)]
+    ends = (1, len(plans) - 1)  # the lowest level and the highest below the whole model
+    opened = [Opened(n, plans[n - 1].quality, made.hidden_after(plans[n - 1].count)) for n in ends]
     result = document(
         Subject(original, layers, made.choice.selected, "mixture", made.share, opened),
         data,
