@@ -116,16 +116,14 @@ def _fresh(
     architecture: str, classes: int, known: Pictures, options: dict[str, Any]
 ) -> Callable[[int], ClassInversion]:
     """Return what inverts a network of this architecture that has seen nothing, by number."""
-    import torch
-
     from edgepriv.risk import models
     from edgepriv.risk.gradient_leakage.class_inversion import invert_classes
 
     images, labels = known
 
     def inverted(number: int) -> ClassInversion:
-        torch.manual_seed(1_000_003 * (number + 1) + int(options["seed"]))
-        net = models.build(architecture, classes, images.shape[1], images.shape[2]).eval()
+        seed = 1_000_003 * (number + 1) + int(options["seed"])
+        net = models.build_seeded(architecture, classes, images.shape[1], images.shape[2], seed)
         return invert_classes(
             net, classes, images, labels, iterations=options["iterations"], seed=options["seed"] + number + 1
         )

@@ -57,6 +57,12 @@ class _Residual(nn.Module):
         return torch.relu(self.second_norm(self.second(out)) + self.short(x))
 
 
+def build_seeded(name: str, classes: int, channels: int, size: int, seed: int) -> nn.Module:
+    """As :func:`build`, in evaluation mode, with the fresh weights of a seed (torch's current seed becomes it)."""
+    torch.manual_seed(seed)
+    return build(name, classes, channels, size).eval()
+
+
 def build(name: str, classes: int, channels: int, size: int) -> nn.Module:
     """Build an architecture with fresh weights from torch's current seed.
 
