@@ -172,7 +172,8 @@ def pull(config: Path, repository: Path, name: str, permission: Path | None, con
 
     store, owner = _store(config)
     raw = _read(permission, "permission") if permission is not None else None
-    path, _ = delivery.pull(repository, name + shipments.SUFFIX, owner, store.folder / "tuf")
+    floor = store.state.floor_s
+    path, _ = delivery.pull(repository, name + shipments.SUFFIX, owner, store.folder / "tuf", now_s=floor)
     measured = shipments.install_file(path, store, raw, name)
     if confirm_now:
         store.confirm()

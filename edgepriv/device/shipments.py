@@ -57,7 +57,7 @@ def install_shipment(
             name = _model(packing.unpack(shipment, place, delivery.SHIPMENT))
             if model and name != model:
                 raise TrustError(f"the shipment carries the model {name!r}, and {model!r} is followed")
-            path, _ = metadata.pull(place, name + SUFFIX, owner, store.folder / "tuf")
+            path, _ = metadata.pull(place, name + SUFFIX, owner, store.folder / "tuf", now_s=store.state.floor_s)
             own = place / permission_name(store.identity.public.x25519)
             permission = own.read_bytes() if own.is_file() else permission
             return install_file(path, store, permission, name)
