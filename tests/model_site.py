@@ -182,3 +182,22 @@ class Repository:
             shipped = metadata.shipped_files(self.folder / "repository", name)
             delivery.write(stream, delivery.SHIPMENT, {**files, **shipped})
         return path
+
+
+# A device's process that opens the store of a folder, for tests that kill it in the middle of something.
+CHILD_START = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from edgepriv.device.models import ModelStore, Trust
+from edgepriv.device.verdicts import Release
+from edgepriv.keys import load_identity
+folder = Path(sys.argv[1])
+known = [(folder / "issuer").read_bytes()], [(folder / "risk").read_bytes()]
+trust = Trust(*known, require_verdict=True, release=Release("argmax"))
+store = ModelStore(folder / "s", load_identity(folder / "device.key"), trust)
+def run(restored):
+    restored.wipe()
+    labels = iter([0] + list(np.load(folder / "labels.npy")))
+    return lambda x: np.eye(5)[[next(labels)]]
+"""

@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from model_site import NOW, Maker, answers, install, new_store
+from model_site import CHILD_START, NOW, Maker, answers, install, new_store
 
 from edgepriv import primitives
 from edgepriv.device.models import ModelStore
@@ -166,27 +166,16 @@ def test_no_true_weight_lies_on_the_devices_disk(maker, tmp_path):
     assert not any(row in disk for row in hidden)
 
 
-CHILD = """
-import sys, time
-from pathlib import Path
-from edgepriv.device.models import ModelStore, Trust
-from edgepriv.device.verdicts import Release
-from edgepriv.keys import load_identity
-import numpy as np
-folder = Path(sys.argv[1])
-known = [(folder / "issuer").read_bytes()], [(folder / "risk").read_bytes()]
-trust = Trust(*known, require_verdict=True, release=Release("argmax"))
-store = ModelStore(folder / "s", load_identity(folder / "device.key"), trust)
-def run(restored):
-    restored.wipe()
-    labels = iter([0] + list(np.load(folder / "labels.npy")))
-    return lambda x: np.eye(5)[[next(labels)]]
+CHILD = (
+    CHILD_START
+    + """
 store.recover()
 print("ready", flush=True)
 store.install(folder / "next", (folder / "permission").read_bytes(), run, clock=time.perf_counter, rss=lambda: 1)
 store.confirm()
 print("done", flush=True)
 """
+)
 
 
 def test_a_cut_of_power_at_any_point_of_the_switch_leaves_a_model_that_runs(maker, tmp_path):

@@ -14,7 +14,7 @@ import onnxruntime as ort
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from model_site import Maker, answers, install, new_store
+from model_site import CHILD_START, Maker, answers, install, new_store
 from onnx import TensorProto, helper
 
 from edgepriv.device import protected
@@ -328,22 +328,10 @@ def test_a_runner_says_why_a_model_does_not_start():
         protected.runner(restored)
 
 
-CHILD = """
-import sys
-from pathlib import Path
-import numpy as np
-from edgepriv.device.models import ModelStore, Trust
-from edgepriv.device.verdicts import Release
+CHILD = (
+    CHILD_START
+    + """
 from edgepriv.errors import EdgeprivError
-from edgepriv.keys import load_identity
-folder = Path(sys.argv[1])
-known = [(folder / "issuer").read_bytes()], [(folder / "risk").read_bytes()]
-trust = Trust(*known, require_verdict=True, release=Release("argmax"))
-store = ModelStore(folder / "s", load_identity(folder / "device.key"), trust)
-def run(restored):
-    restored.wipe()
-    labels = iter([0] + list(np.load(folder / "labels.npy")))
-    return lambda x: np.eye(5)[[next(labels)]]
 print("ready", flush=True)
 for delivery in sorted(folder.glob("next-*"), reverse=True) * 100:
     for permission in sorted(folder.glob(f"permission-{delivery.name[5:]}-*")):
@@ -352,6 +340,7 @@ for delivery in sorted(folder.glob("next-*"), reverse=True) * 100:
         except EdgeprivError:
             pass
 """
+)
 
 
 def test_a_cut_of_power_at_any_point_of_renewals_and_refusals_leaves_the_confirmed_model_or_a_newer_one(tmp_path):
