@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from gateway.transfers import Transfers
 
 NOTICE_EVERY_S = 30.0
+SPEAKING_NOTICE_S = 300.0  # to a party whose epoch is known: what names another one is most likely forged
 MAX_REJECTION_REASON = 200
 
 
@@ -112,6 +113,7 @@ class Ingest:
         self._max_frame_bytes = max_frame_bytes
         self._replies: list[tuple[str, Any]] = []
         self._noticed: dict[tuple[str, str], float] = {}
+        self._authentic: dict[str, float] = {}  # when each party last spoke under an epoch that is known
 
     def handle(self, packets: list[Inbound], now: float) -> list[Handled]:
         """Handle a batch in one transaction; an exception means that nothing of it was stored."""
@@ -155,6 +157,7 @@ class Ingest:
     def _epoch(self, party: str, raw: bytes, now: float) -> Handled:
         session, outcome = self._sessions.accept(raw, party, now)
         self._presence.heard(party, session.row.id, now)
+        self._authentic[party] = now
         self._reply(party, Ack(session.signed.digest, outcome, ""))
         return Handled(party, "epoch", outcome, size=len(raw))
 
@@ -163,6 +166,7 @@ class Ingest:
         if session.party != party:
             raise AuthenticationError("a message on another party's topic")
         body = messages.decode(session.link.open(packet.topic, packet.payload))
+        self._authentic[party] = now
         self._presence.heard(party, session.row.id, now)
         if not isinstance(body, Output):  # an output is repeated byte for byte, also by a later process
             self._sessions.alive(session)
@@ -338,7 +342,8 @@ class Ingest:
     def _notice(self, party: str, notice: Notice, now: float) -> None:
         """Tell a party something, not more often than it can act on it."""
         key = (party, notice.code)
-        if now - self._noticed.get(key, 0.0) >= NOTICE_EVERY_S:
+        speaks = notice.code == "unknown-epoch" and now - self._authentic.get(party, 0.0) < NOTICE_EVERY_S
+        if now - self._noticed.get(key, 0.0) >= (SPEAKING_NOTICE_S if speaks else NOTICE_EVERY_S):
             self._noticed[key] = now
             self._reply(party, notice)
 

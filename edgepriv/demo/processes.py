@@ -75,10 +75,12 @@ class Children:
     folder: Path
     children: list[Child] = field(default_factory=list)
     _before: Any = None
+    _starting: bool = False
+    _killed: bool = False
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # only there may a handler be set
-            self._before = signal.signal(signal.SIGTERM, _interrupt)  # a kill stops them all as Ctrl-C does
+            self._before = signal.signal(signal.SIGTERM, self._interrupt)  # a kill stops them all as Ctrl-C does
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
@@ -91,12 +93,23 @@ class Children:
         log = self.folder / f"{name}.log"
         out = log.open("wb")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        process = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, env=environment
-        )
-        child = Child(name, process, log, out)
-        self.children.append(child)
+        self._starting = True  # a kill in here would forget the child
+        try:
+            process = subprocess.Popen(
+                command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, env=environment
+            )
+            child = Child(name, process, log, out)
+            self.children.append(child)
+        finally:
+            self._starting = False
+        if self._killed:
+            raise KeyboardInterrupt
         return child
+
+    def _interrupt(self, _number: int, _frame: object) -> None:
+        self._killed = True
+        if not self._starting:
+            raise KeyboardInterrupt
 
     def check(self) -> None:
         """Raise TemporaryError with the end of the log when a process has died."""
@@ -126,10 +139,6 @@ class Children:
         for child in reversed(self.children):
             self.stop(child)
         self.children.clear()
-
-
-def _interrupt(_number: int, _frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 def python_command(*arguments: str) -> list[str]:

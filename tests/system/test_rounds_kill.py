@@ -72,7 +72,9 @@ class Farm:
             f'[device]\nkey = "keys/{name}.key"\ntrust = "trust.cbor"\nowner = "keys/owner.key.pub"\n'
             f'gateway = "{GATEWAY}"\nstate = "{name}"\n[broker]\nurl = "{broker}"\n[model]\npath = "{MODEL}"\n'
             f'[source]\nkind = "simulated"\ndata = "digits"\nrows = {self.rows[name]}\nseed = 1\n'
-            f"[rounds]\nmin_cohort = 2\nmin_samples = {FRAMES}\n[run]\nframes = {FRAMES}\nlinger_s = 100000.0\n"
+            f"[rounds]\nmin_cohort = 2\nmin_samples = {FRAMES}\n"
+            '[self_check]\npolicy = "send"\n'  # sums are compared bit for bit: no noise is added to clear updates
+            f"[run]\nframes = {FRAMES}\nlinger_s = 100000.0\n"
         )
 
     def _features(self, rows):
