@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from patience import PATIENCE, wait_for
 
 from edgepriv.cipher.epochs import DeviceEpoch
 from edgepriv.keys import Identity
@@ -130,7 +131,7 @@ class Site:
 
     def cli(self, *args, check=True):
         command = [sys.executable, "-m", "gateway", *args, "--config", str(self.config_path)]
-        done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=240)
         if check and done.returncode:
             raise AssertionError(f"{args}: {done.returncode}\n{done.stdout}\n{done.stderr}")
         return done
@@ -286,12 +287,13 @@ class Broker:
 
 
 class GatewayProcess:
-    """The real daemon as a child."""
+    """The real daemon as a child; made, it listens. `start` after a `kill` does not wait for it."""
 
     def __init__(self, site: Site):
         self.site, self.process = site, None
         self.log = (site.folder / "gateway.log").open("ab")
         self.start()
+        self.ready()
 
     def start(self):
         self.process = subprocess.Popen(
@@ -299,13 +301,20 @@ class GatewayProcess:
             cwd=ROOT, stdout=self.log, stderr=self.log,
         )  # fmt: skip
 
+    def ready(self):
+        """Wait until it has its store and heeds signals: it listens after both."""
+        up = lambda: _listening(self.site.http_port) or self.process.poll() is not None
+        wait_for(up, 60, f"the gateway does not start: {self.text()}")
+        assert self.process.poll() is None, self.text()
+
     def kill(self):
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
 
     def stop(self):
+        self.ready()
         self.process.terminate()
-        code = self.process.wait(15)
+        code = self.process.wait(60)
         self.log.close()
         return code
 
@@ -334,7 +343,7 @@ class Postgres:
 
     def _run(self, name, *args):
         prefix = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
-        subprocess.run([*prefix, str(self.bin / name), *args], check=True, capture_output=True, timeout=60, cwd="/tmp")
+        subprocess.run([*prefix, str(self.bin / name), *args], check=True, capture_output=True, timeout=240, cwd="/tmp")
 
     def _server(self, *args):
         self._run("pg_ctl", "-D", str(self.data / "db"), *args)
@@ -407,7 +416,7 @@ class LiveParty:
                     self._sent[digest] = now
 
     def run(self, timeout_s, until=None):
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + PATIENCE * timeout_s
         while (until() if until else not self.items) is False or (until is None and self.items):
             if time.monotonic() > deadline:
                 raise AssertionError(f"{len(self.items)} items were not acknowledged")
@@ -416,14 +425,6 @@ class LiveParty:
 
     def close(self):
         self.link.close()
-
-
-def wait_for(condition, timeout_s, text):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            raise AssertionError(text)
-        time.sleep(0.03)
 
 
 def _listening(port):

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from device_site import classifier
+from patience import wait_for
 
 from edgepriv.demo import processes, site
 from edgepriv.federated.head import new_head
@@ -45,10 +46,7 @@ class Job:
         conf = self.folder / f"{name}.conf"
         conf.write_text(processes.MOSQUITTO_CONF.format(port=port))
         self.add(name, [MOSQUITTO, "-c", str(conf)])
-        deadline = time.monotonic() + 10
-        while not _listens(port):
-            assert time.monotonic() < deadline, "mosquitto does not listen"
-            time.sleep(0.02)
+        wait_for(lambda: _listens(port), 10, "mosquitto does not listen")
         return f"mqtt://127.0.0.1:{port}"
 
     def gateway(self, url):
@@ -72,6 +70,14 @@ class Job:
         config.write_text(text)
         self.add(name, processes.python_command("edgepriv", "device", "run", "--config", str(config), "--json"))
         return name
+
+    def last_frames(self, name, frames):
+        """From its next start on the device ends by itself, after so many frames."""
+        config = self.place.config(name)
+        text, changed = re.subn(r"(?m)^frames = \d+$", f"frames = {frames}", config.read_text())
+        assert changed == 1
+        config.write_text(text)
+        self.wanted[name] = frames
 
     def add(self, name, command):
         self.commands[name] = command
@@ -111,7 +117,7 @@ class Job:
                 process.terminate()
         for process in self.running.values():
             try:
-                process.wait(12)
+                process.wait(60)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -153,7 +159,7 @@ class Job:
     def gateway_cli(self, *args):
         config = str(self.place.config(site.GATEWAY))
         command = [sys.executable, "-m", "gateway", *args, "--config", config, "--json"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -184,10 +190,3 @@ def _listens(port):
 
     with socket.socket() as sock:
         return sock.connect_ex(("127.0.0.1", port)) == 0
-
-
-def wait_for(condition, timeout_s, text):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, text
-        time.sleep(0.05)

@@ -41,7 +41,7 @@ def pages_site(folder: Path):
 
 
 def client(site, name=None):
-    made = httpx.Client(base_url=site.server.url, follow_redirects=False, timeout=20)
+    made = httpx.Client(base_url=site.server.url, follow_redirects=False, timeout=90)
     site.clients.append(made)
     if name:
         answer = made.post("/login", data={"token": site.tokens[name]})

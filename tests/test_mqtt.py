@@ -7,7 +7,8 @@ import signal
 import time
 
 import pytest
-from gateway_site import Broker, free_port, wait_for
+from gateway_site import Broker, free_port
+from patience import wait_for
 
 from edgepriv.demo.processes import Children, start_broker
 from edgepriv.errors import ConfigError, KeyFileError, UnavailableError
@@ -30,7 +31,7 @@ def link_to():
     def open_one(port, name, **options):
         link = open_link(f"mqtt://127.0.0.1:{port}", name, **options)
         made.append(link)
-        link.wait(10)
+        link.wait(60)
         return link
 
     yield open_one
@@ -38,7 +39,7 @@ def link_to():
         link.close()
 
 
-def received(link, count, timeout_s=10):
+def received(link, count, timeout_s=40):
     got = []
     deadline = time.monotonic() + timeout_s
     while len(got) < count and time.monotonic() < deadline:

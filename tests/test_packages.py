@@ -42,7 +42,7 @@ def test_the_device_install_resolves_for_aarch64(python: str, tmp_path: Path) ->
     command += ["--only-binary=:all:", "--target", str(tmp_path / "t"), "--python-version", python]
     command += ["--implementation", "cp", *(f"--platform={p}" for p in PLATFORMS)]
     command += ["-c", str(constraints_for(python, tmp_path / "c.txt")), *device_requirements(python)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=110)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
     if done.returncode and ("Connection" in done.stderr or "Temporary failure" in done.stderr):
         pytest.skip("no package index can be reached")
     assert done.returncode == 0, done.stderr[-1500:]

@@ -87,6 +87,8 @@ class Children:
         self.stop_all()
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
+        if self._killed and not isinstance(value, KeyboardInterrupt):
+            raise KeyboardInterrupt from value  # foreign code turned the interrupt into an error of its own
 
     def start(self, name: str, command: list[str]) -> Child:
         """Start a process in a session of its own, so that Ctrl-C reaches it only through us."""
@@ -112,7 +114,9 @@ class Children:
             raise KeyboardInterrupt
 
     def check(self) -> None:
-        """Raise TemporaryError with the end of the log when a process has died."""
+        """Raise TemporaryError with the end of the log when a process has died, KeyboardInterrupt after a kill."""
+        if self._killed:
+            raise KeyboardInterrupt
         for child in self.children:
             if child.process.poll() not in (None, 0):
                 tail = child.log.read_text(errors="replace")[-800:]

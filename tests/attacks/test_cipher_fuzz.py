@@ -12,5 +12,5 @@ import pytest
 def test_the_fuzzer_finds_nothing_in_ten_seconds(tmp_path):
     harness = Path(__file__).with_name("fuzz_cipher.py")
     command = [sys.executable, str(harness), "-max_total_time=10", "-max_len=600"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=90)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]

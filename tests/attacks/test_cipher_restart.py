@@ -51,7 +51,7 @@ def test_a_device_that_restarts_on_its_state_repeats_nothing(tmp_path):
     (tmp_path / "pictures").mkdir()
     Image.fromarray(np.full((20, 30, 3), 77, np.uint8)).save(tmp_path / "pictures/same.png")
     for _ in range(2):
-        subprocess.run([sys.executable, "-c", RUN_A_DEVICE, tmp_path, str(FRAMES), GATEWAY], check=True, timeout=60)
+        subprocess.run([sys.executable, "-c", RUN_A_DEVICE, tmp_path, str(FRAMES), GATEWAY], check=True, timeout=240)
     spool = Spool(tmp_path / "bench/spool", max_bytes=1 << 26)
     frames = [item for item in spool.waiting(100) if item.kind == "frame"]
     found = [(spool.epoch_record(item.epoch), spool.payload(item.digest)) for item in frames]
@@ -71,7 +71,7 @@ def test_the_seal_command_run_twice_repeats_nothing(tmp_path):
         out = tmp_path / f"{i}.epf"
         arguments = ["seal", "same.png", "--key", site.key("dev-1"), "--gateway", GATEWAY, "--out", out]
         arguments += ["--trust", site.trust, "--owner", site.owner]
-        subprocess.run([sys.executable, "-m", "edgepriv", *arguments], cwd=tmp_path, check=True, timeout=60)
+        subprocess.run([sys.executable, "-m", "edgepriv", *arguments], cwd=tmp_path, check=True, timeout=240)
         found.append(container.unpack(out.read_bytes()))
     trust = read_trust(site.trust.read_bytes(), load_identity(site.key("owner")).public.ed25519, now=0)
     no_two_alike(found, load_identity(site.key("op-site")), trust)

@@ -8,7 +8,8 @@ import os
 
 import pytest
 from device_site import classifier, device_config
-from gateway_site import Broker, GatewayProcess, wait_for
+from gateway_site import Broker, GatewayProcess
+from patience import wait_for
 
 from edgepriv.device.config import RunConfig
 from edgepriv.device.start import assemble

@@ -51,7 +51,7 @@ def render(tmp_path_factory):
         environment = {"GOPATH": "/usr/share/gocode", "GO111MODULE": "off", "GOCACHE": f"{built}-cache"}
         if shutil.which("go") is None or not Path("/usr/share/gocode/src/github.com/Masterminds/sprig").is_dir():
             pytest.skip("neither helm nor go with golang-github-masterminds-sprig-dev is installed")
-        subprocess.run(["go", "build", "-o", built, source], env={**os.environ, **environment}, check=True, timeout=110)
+        subprocess.run(["go", "build", "-o", built, source], env={**os.environ, **environment}, check=True, timeout=280)
     return lambda values: [built, str(CHART), str(values)]
 
 
@@ -59,7 +59,7 @@ def render(tmp_path_factory):
 def manifests(request, render, tmp_path):
     values = tmp_path / "values.yaml"
     values.write_text(yaml.safe_dump(VALUES[request.param]))
-    done = subprocess.run(render(values), capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(render(values), capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     (tmp_path / "rendered.yaml").write_text(done.stdout)
     return [document for document in yaml.safe_load_all(done.stdout) if document]
@@ -103,7 +103,7 @@ def test_manifests_are_valid(manifests, tmp_path):
     path = tmp_path / "known.yaml"
     path.write_text(yaml.safe_dump_all(known))
     done = subprocess.run(
-        ["kubernetes-validate", "--strict", str(path)], capture_output=True, text=True, timeout=60, check=False
+        ["kubernetes-validate", "--strict", str(path)], capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert (done.stdout + done.stderr).count(" passed for ") == len(known)

@@ -9,9 +9,10 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
-from gateway_site import Device, Site, exchange, wait_for
+from gateway_site import Device, Site, exchange
 from hypothesis import given
 from hypothesis import strategies as st
+from patience import wait_for
 
 from edgepriv.errors import ConfigError, KeyFileError
 from edgepriv.wire.output import Output

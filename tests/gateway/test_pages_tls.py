@@ -13,7 +13,8 @@ import time
 
 import httpx
 import pytest
-from gateway_site import ROOT, Site, free_port, wait_for
+from gateway_site import ROOT, Site, free_port
+from patience import wait_for
 
 from edgepriv.primitives import x509
 from gateway.pages.access import Operators
@@ -62,11 +63,11 @@ class Served:
             path = self.folder / f"{name}-{id(context)}.pem"
             path.write_bytes(key + certificate)
             context.load_cert_chain(path)
-        return httpx.Client(base_url=f"https://127.0.0.1:{self.port}", verify=context, timeout=20)
+        return httpx.Client(base_url=f"https://127.0.0.1:{self.port}", verify=context, timeout=90)
 
     def close(self):
         self.process.terminate()
-        assert self.process.wait(15) == 0
+        assert self.process.wait(60) == 0
         self.log.close()
         self.site.close()
 
@@ -188,5 +189,5 @@ def test_a_stop_while_the_pages_start_is_not_lost(tmp_path, after_s):
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     time.sleep(after_s)
     process.terminate()
-    assert process.wait(15) in {0, -15}
+    assert process.wait(60) in {0, -15}
     site.close()

@@ -6,7 +6,7 @@ import socket
 import threading
 
 import pytest
-from gateway_site import wait_for
+from patience import wait_for
 
 from gateway.webhook import Webhook
 

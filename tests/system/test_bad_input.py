@@ -264,7 +264,7 @@ def test_a_full_disk_at_the_start(place, edgepriv):
 
 def gateway(*args):
     return subprocess.run(
-        [sys.executable, "-m", "gateway", *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=60,
+        [sys.executable, "-m", "gateway", *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=240,
         check=False,
     )  # fmt: skip
 
@@ -292,7 +292,7 @@ def test_the_console_script_ends_with_the_same_codes(place):
     place.config("dev-1").write_text(place.config("dev-1").read_text().replace("model.onnx", "none.onnx"))
     done = subprocess.run(
         [sys.executable, "-m", "edgepriv", *map(str, check(place))], cwd=ROOT, capture_output=True, text=True,
-        timeout=60, check=False,
+        timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == MISSING
     assert done.stderr.splitlines()[0].startswith("edgepriv: no such model")

@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-from gateway_site import MOSQUITTO, free_port, wait_for
+from gateway_site import MOSQUITTO, free_port
+from patience import wait_for
 
 from edgepriv.mqtt import TlsFiles, open_link
 from edgepriv.primitives import x509
@@ -50,7 +51,7 @@ class Broker:
 
     def close(self):
         self.process.terminate()
-        self.process.wait(10)
+        self.process.wait(60)
         self.log.close()
 
 

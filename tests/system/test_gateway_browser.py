@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gateway_site import Broker, Device, GatewayProcess, LiveParty, PagesServer, Recipient, Site, wait_for
+from gateway_site import Broker, Device, GatewayProcess, LiveParty, PagesServer, Recipient, Site
+from patience import wait_for
 
 from edgepriv.wire import cbor
 from edgepriv.wire.messages import Query

@@ -31,7 +31,7 @@ def frames(site, *args, who="op-alice", check=True):
         "--key", str(folder / f"{who}.key"), "--owner", str(folder / "owner.key.pub"),
         "--trust", str(folder / "trust.cbor"), "--broker", f"mqtt://127.0.0.1:{site.port}",
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     if check:
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
@@ -65,7 +65,7 @@ def test_a_recipient_lists_fetches_and_opens_and_a_stranger_sees_nothing(site, t
         "--key", str(site.folder / "op-alice.key"), "--owner", str(site.folder / "owner.key.pub"),
         "--trust", str(site.folder / "trust.cbor"),
     ]  # fmt: skip
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=60)
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=240)
     assert frames(site, "list", who="op-bob")["frames"] == []
     refused = frames(site, "fetch", listed[0]["digest"], "--out", str(out), who="op-bob", check=False)
     assert refused.returncode == 66

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gateway_site import Broker, Postgres, free_port, wait_for
+from gateway_site import Broker, Postgres, free_port
+from patience import wait_for
 
 from edgepriv.federated.fixed_point import Ring, decode_sum, quantise
 from edgepriv.federated.privacy import clip_update
@@ -110,7 +111,7 @@ class Farm:
 
     def cli(self, name, *args, check=True):
         command = [sys.executable, "-m", "gateway", *args, "--config", str(self.folder / f"{name}.toml"), "--json"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
         assert done.returncode == 0 or not check, done.stderr
         return json.loads(done.stdout) if done.returncode == 0 else done
 

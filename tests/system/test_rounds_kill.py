@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from patience import wait_for
 
 from edgepriv import datasets
 from edgepriv.demo.processes import free_port
@@ -99,7 +100,7 @@ class Farm:
     def gateway(self, *args, tries=20):
         command = [sys.executable, "-m", "gateway", *args, "--config", str(self.site.config(GATEWAY)), "--json"]
         for _ in range(tries):
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
             if done.returncode == 0:
                 return json.loads(done.stdout)
             time.sleep(0.5)
@@ -112,10 +113,7 @@ class Farm:
             return {}
 
     def wait(self, condition, seconds, text):
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < deadline, text
-            time.sleep(0.2)
+        wait_for(condition, seconds, text)
 
     def ready(self):
         """Everybody is connected and every device has seen its frames."""
