@@ -26,7 +26,8 @@ def models() -> None:
 def models_add(config_path: Path, as_json: bool, file: Path, name: str, version: str, only_judge: bool) -> None:
     """Take a model file, or a protected model's shipment (withheld from devices without the verdict it needs).
 
-    The first version of a model is offered to all devices; a further one is held until `models rollout`.
+    The first version of a model is offered to all devices; a further one is held until `models rollout`. The same file
+    again changes nothing; other bytes under an id and version that are here are refused.
     """
     config = load_config(config_path)
     with handed_over(config, file) as path:
@@ -34,7 +35,9 @@ def models_add(config_path: Path, as_json: bool, file: Path, name: str, version:
         result = ask_daemon(config, "model-add", args, timeout_s=60)
     document = {"schema": "edgepriv.gateway-model/1", **json_map(result)}
     lines = [f"{document['id']} {document['version']}: {document['digest']}"]
-    if document.get("held"):
+    if document["unchanged"]:
+        lines.append(f"it was here already ({document['state']}): state, rollout and verdict are as they were")
+    elif document["held"]:
         lines.append("held: another version is offered; edgepriv-gateway models rollout offers this one")
     show(document, as_json, lines)
 

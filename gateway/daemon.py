@@ -374,10 +374,11 @@ class Gateway:
     def _add_model(self, args: dict[str, Any], actor: str, now: float) -> dict[str, Any]:
         path = Path(args["path"])
         options = {"name": args["name"], "version": args["version"], "only_judge": bool(args.get("only_judge"))}
+        before = [m["digest"] for m in self.models.listed(now)]
         digest = self.models.add(path, **options, actor=actor, now=now)
         (added,) = [m for m in self.models.listed(now) if m["digest"] == digest]
-        held = added["state"] == HELD
-        return {"digest": digest, "id": added["id"], "version": added["version"], "held": held}
+        told = {name: added[name] for name in ("digest", "id", "version", "state")}
+        return {**told, "held": added["state"] == HELD, "unchanged": digest in before}
 
     def _with_model(self, args: dict[str, Any], change: Callable[[bytes], None]) -> dict[str, Any]:
         digest = self.models.find(args["model"])

@@ -10,11 +10,14 @@ A rollout (`gateway.rollout`) offers a model to a growing share of the devices a
 a failure; a model without one is offered to all. The first version of an id is offered when it is added; a further one
 is held until its rollout begins, or `models offer` offers it to all. Rolling back withholds a version from everybody,
 so that the newest earlier one that is on offer is theirs again; a device that has confirmed the newer version keeps it,
-because it takes no older one. Devices report with the query ``report`` of kind ``model``: ``{"good", "reason"}``.
+because it takes no older one. An id and version name one set of bytes for ever: adding the same file again changes
+nothing, other bytes are refused, and so are known bytes under another name. Devices report with the query ``report``
+of kind ``model``: ``{"good", "reason"}``.
 
 A *shipment* or *delivery* (`edgepriv.wire.delivery`) holds a protected model, whose true bytes the gateway cannot see.
 Its manifest, signed by the owner or an issuer, names the digest that each level will run; the verdicts inside it speak
-of those. It is withheld unless there is at least one, and every one is valid, good and of one of these digests.
+of those. It is withheld unless there is at least one, and every one is valid, good and of one of these digests. A
+renewed delivery (other permissions, a fresh time stamp) may come under the same id and version: it runs the same bytes.
 
 A verdict's bytes: CBOR ``[body, signature]``, the body a byte string (CBOR map) with ``model`` (SHA-256 of the bytes),
 ``verdict``, ``policy`` (names joined by commas), ``serial``, ``issued``, ``expires`` (Unix seconds), and what only
@@ -99,29 +102,57 @@ class Models:
     def add(self, path: Path, *, name: str, version: str, actor: str, now: float, only_judge: bool = False) -> bytes:
         """Take a model file into the store; returns its SHA-256. A protected one has a name and version of its own.
 
-        Where another version of it is offered this one is held, until its rollout begins.
+        Where another version of it is offered this one is held, until its rollout begins. A file that is here already
+        under this name and version is left alone with its state, rollout and verdict.
 
         Raises:
-            MissingFileError, DataError: nothing there, empty, damaged, or a plain model without a name.
+            MissingFileError, DataError: nothing there, empty, damaged, a plain model without a name, bytes that are
+                here under another name, or a version that is here with other bytes.
             AuthenticationError: a protected model that is signed by nobody who may.
         """
         if not path.is_file():
             raise MissingFileError(f"no such model: {path}")
         if not path.stat().st_size:
             raise DataError(f"{path} is empty")
-        label = self._label(path)
+        label, digest = self._label(path), files.sha256(path)
         if label is not None:
             name, version = name or label.name, version or str(label.version)
+        if self._has(digest, name, version, now):
+            return digest
         if not name:
             raise DataError(f"{path} does not say which model it is", hint="give --id")
         version = version or "1"
-        state = TO_JUDGE if only_judge else self._state_of_new(name, files.sha256(path), now)
+        self._free(name, version, label, now)
+        state = TO_JUDGE if only_judge else self._state_of_new(name, digest, now)
         meta = {"version": version, "state": state, "verdict": b"", "risk": "", "rollout": {}}
         if label is not None:
             meta |= {"issuer": label.issuer, "runs": list(label.digests), "bundled": list(label.verdicts)}
-        digest = self._store.add_object(path, kind=KIND, name=name, meta=meta, now=now)
+        self._store.add_object(path, kind=KIND, name=name, meta=meta, now=now)
         self._store.audit(actor, "model-add", {"model": name, "version": version, "digest": digest}, now)
         return digest
+
+    def _has(self, digest: bytes, name: str, version: str, now: float) -> bool:
+        """Whether these bytes are here under this name and version, or whatever was left out of the two."""
+        found = next((m for m in self.listed(now) if m["digest"] == digest), None)
+        if found is None:
+            return False
+        if (name or found["id"], version or found["version"]) != (found["id"], found["version"]):
+            raise DataError(
+                f"these bytes are here already, as {found['id']} {found['version']}",
+                hint="a file has one id and one version: edgepriv-gateway models list",
+            )
+        return True
+
+    def _free(self, name: str, version: str, label: Label | None, now: float) -> None:
+        """Other bytes may not come under a version that is here, unless they only deliver the same model anew."""
+        runs = None if label is None else sorted(label.digests)
+        for model in self.listed(now):
+            if (model["id"], model["version"]) != (name, version):
+                continue
+            there = self._meta(model["digest"]).get("runs")
+            if runs is None or there is None or sorted(there) != runs:
+                hint = "give it a --model-version of its own" if label is None else "publish it as the next version"
+                raise DataError(f"{name} {version} is here already with other bytes", hint=hint)
 
     def _state_of_new(self, name: str, digest: bytes, now: float) -> str:
         others = [m for m in self.listed(now) if m["id"] == name and m["digest"] != digest]

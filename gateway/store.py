@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgepriv import files
-from edgepriv.errors import StorageFullError, WireError
+from edgepriv.errors import DataError, StorageFullError, WireError
 from edgepriv.wire import cbor
 from gateway import schema
 
@@ -334,15 +334,15 @@ class Store:
         )
 
     def add_object(self, path: Path, *, kind: str, name: str, meta: dict[str, Any], now: float) -> bytes:
-        """Copy a file into the store so that parties can fetch it; returns its SHA-256."""
+        """Copy a file into the store so that parties can fetch it; returns its SHA-256.
+
+        Raises:
+            DataError: an object with these bytes is here already; it stays as it is.
+        """
         size = path.stat().st_size
         digest = files.sha256(path)
-        if self.database.query("SELECT 1 FROM objects WHERE ref = ?", (digest[:16],)):
-            self.database.execute(
-                "UPDATE objects SET kind = ?, name = ?, meta = ? WHERE ref = ?",
-                (kind, name, cbor.encode(meta), digest[:16]),
-            )
-            return digest
+        if found := self.database.query("SELECT kind, name FROM objects WHERE ref = ?", (digest[:16],)):
+            raise DataError(f"these bytes are here already, as the {found[0][0]} {found[0][1]}")
         self.reserve(size)
         target = self.blobs / f"object-{digest.hex()}"
         temporary = target.with_suffix(".part")

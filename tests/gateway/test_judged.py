@@ -12,6 +12,7 @@ from model_site import Maker
 
 from edgepriv.device import verdicts as device_verdicts
 from edgepriv.device.packing import Golden, Limits, pack
+from edgepriv.errors import DataError
 from edgepriv.wire import cbor, delivery
 from gateway import models as gateway_models
 from gateway.alerts import Facts, rules
@@ -236,3 +237,21 @@ def test_the_rule_names_the_round_and_the_reason(site):
     )  # fmt: skip
     (found,) = rules(facts, AlertsSection())
     assert found.text == "an audit of round 7 says “leaks”: the attack identifies 90% of the canaries"
+
+
+def test_a_renewed_delivery_of_a_version_is_held_and_nothing_else_takes_its_version(site):
+    first = shipped(site, site.maker.verdict())
+    again = shipped(site, site.maker.verdict(serial=2))  # other bytes, and the same would run
+    assert again["digest"] != first["digest"]
+    assert (again["id"], again["version"]) == (first["id"], first["version"])
+    assert "held" in again["withheld"]
+    plain = site.folder / "plain.onnx"
+    plain.write_bytes(b"plain")
+    with pytest.raises(DataError, match="eye 1 is here already with other bytes"):
+        site.daemon.models.add(plain, name="eye", version="1", actor="op", now=site.now)
+    other = Maker(site.maker.issuer, site.maker.risk, levels=2)  # what would run at its first level is not the same
+    path = site.folder / "other.delivery"
+    path.write_bytes(pack(other.files(1), Golden(other.inputs, other.labels), Limits(), other.issuer))
+    with pytest.raises(DataError, match="eye 1 is here already with other bytes") as refused:
+        site.daemon.models.add(path, name="", version="", actor="op", now=site.now)
+    assert "next version" in refused.value.hint

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgepriv.errors import ConfigError, EdgeprivError, MissingFileError
+from edgepriv.wire import cbor
 from gateway.commands import submit, wait
 from gateway.rollout import DONE, HALTED, RUNNING, Plan, Rollout, advance, bucket, from_fields, halt, report, resume
 
@@ -243,3 +244,50 @@ def test_a_rollback_with_nothing_to_go_back_to_changes_nothing(models):
     with pytest.raises(MissingFileError, match="on offer"):
         models.held.roll_back(second, actor="op", now=models.site.now)
     assert models.offered() == ["2"]
+
+
+def everything_about(models, digest):
+    """The listed model, its stored verdict and rollout, and the order in which it came."""
+    listed = models.held.listed(models.site.now)
+    return [m["digest"] for m in listed], next(m for m in listed if m["digest"] == digest)
+
+
+def test_adding_the_same_file_again_leaves_state_rollout_and_verdict_alone_and_says_so(models):
+    first = models.add()
+    second = models.add()
+    models.begin(second, Plan(stages=(5, 100), min_failures=1))
+    models.held.take_report(second, "dev-cam1", good=True, reason="", now=models.site.now)
+    body = cbor.encode({
+        "model": second, "verdict": "low leakage", "policy": "argmax", "serial": 3, "issued": 1, "expires": 2**40,
+    })  # fmt: skip
+    signed = cbor.encode([body, models.site.keys["risk-lab"].sign("verdict", body)])
+    models.held.take_verdict(signed, "risk-lab", models.site.now)
+    before = everything_about(models, second)
+    path = str(models.folder / "model.onnx")
+    for args in ({"name": "eye", "version": "2"}, {"name": "eye", "version": ""}, {"name": "", "version": ""}):
+        models.site.now += 10
+        for extra in ({}, {"only_judge": True}):
+            told = models.command("model-add", path=path, **args, **extra)
+            assert (told["digest"], told["id"], told["version"], told["unchanged"]) == (second, "eye", "2", True)
+            assert everything_about(models, second) == before
+    models.held.halt(first, actor="op", now=models.site.now)
+    (models.folder / "model.onnx").write_bytes(b"version 1")
+    told = models.command("model-add", path=path, name="eye", version="1")
+    assert (told["unchanged"], told["state"], models.state(first)) == (True, "halted", "halted")
+
+
+def test_a_version_names_the_same_bytes_for_ever_and_a_file_has_one_name(models):
+    first = models.add()
+    before = everything_about(models, first)
+    for content, name, version, said in (
+        (b"others", "eye", "1", "eye 1 is here already with other bytes"),
+        (b"version 1", "eye", "2", "these bytes are here already, as eye 1"),
+        (b"version 1", "ear", "1", "these bytes are here already, as eye 1"),
+    ):
+        (models.folder / "m.onnx").write_bytes(content)
+        with pytest.raises(EdgeprivError, match=said) as refused:
+            models.command("model-add", path=str(models.folder / "m.onnx"), name=name, version=version)
+        assert refused.value.hint
+        assert everything_about(models, first) == before
+    told = models.command("model-add", path=str(models.folder / "model.onnx"), name="eye", version="1")
+    assert told["unchanged"]
