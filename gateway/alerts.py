@@ -8,6 +8,7 @@ as ``raised`` again, with the severity that holds from then on. Texts name parti
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -118,8 +119,8 @@ class AlertEngine:
     def __init__(self, store: Store, settings: AlertsSection, publish: Callable[[dict[str, Any]], None]) -> None:
         self._store, self._settings, self._publish = store, settings, publish
 
-    def turn(self, facts: Facts) -> dict[str, int]:
-        """Raise and clear; returns open alerts by name."""
+    def turn(self, facts: Facts) -> Counter[tuple[str, str]]:
+        """Raise and clear; returns how many alerts are open by name and severity."""
         true_now = {(a.name, a.subject): a for a in rules(facts, self._settings)}
         rows = self._store.database.query("SELECT id, name, subject, severity, text FROM alerts WHERE cleared IS NULL")
         known = {(name, subject): (number, severity, text) for number, name, subject, severity, text in rows}
@@ -132,7 +133,7 @@ class AlertEngine:
         for key in sorted(changed):
             alert = true_now.get(key)
             self._publish(self._document(key, alert, known.get(key), facts.now))
-        return _by_name(true_now)
+        return Counter((alert.name, alert.severity) for alert in true_now.values())
 
     def _write(self, true_now: dict[tuple[str, str], Alert], known: dict[tuple[str, str], Any], now: float) -> None:
         execute = self._store.database.execute
@@ -163,10 +164,3 @@ class AlertEngine:
             "text": text,
             "at": now,
         }
-
-
-def _by_name(true_now: dict[tuple[str, str], Alert]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for name, _ in true_now:
-        counts[name] = counts.get(name, 0) + 1
-    return counts

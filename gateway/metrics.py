@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 PREFIX = "edgepriv_gateway"
 
@@ -60,7 +65,18 @@ class Metrics:
         )
         self.loop = Gauge(f"{PREFIX}_loop_timestamp_seconds", "When the work loop last turned", registry=registry)
         self.rounds = Gauge(f"{PREFIX}_rounds", "Rounds by state", ["state"], registry=registry)
-        self.alerts = Gauge(f"{PREFIX}_alerts", "Open alerts by name", ["name"], registry=registry)
+        self.alerts = Gauge(
+            f"{PREFIX}_alerts", "Open alerts by name and severity", ["name", "severity"], registry=registry
+        )
+        self._open_alerts: set[tuple[str, str]] = set()
+
+    def set_alerts(self, counts: Mapping[tuple[str, str], int]) -> None:
+        """Count the open alerts by name and severity; a series that stays is never away, not even for a moment."""
+        for labels, count in counts.items():
+            self.alerts.labels(*labels).set(count)
+        for labels in self._open_alerts - counts.keys():
+            self.alerts.remove(*labels)
+        self._open_alerts = set(counts)
 
     def text(self) -> bytes:
         """The exposition."""

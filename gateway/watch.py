@@ -38,9 +38,7 @@ class Watch:
         counts = self._engine.turn(facts)
         self._send_pending()
         metrics = self._gateway.metrics
-        metrics.alerts.clear()
-        for name, count in counts.items():
-            metrics.alerts.labels(name).set(count)
+        metrics.set_alerts(counts)
         metrics.certificate_expires.set(facts.certificate_expires)
         total = int(self._one("SELECT count(*) FROM devices WHERE party LIKE 'dev-%'"))
         metrics.devices.labels("silent").set(facts.silent_count)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 from gateway_site import Device, Site, exchange
@@ -11,6 +12,7 @@ from gateway_site import Device, Site, exchange
 from gateway.alerts import AlertEngine, Facts, rules
 from gateway.config import AlertsSection
 from gateway.judged import RoundAudits
+from gateway.metrics import Metrics
 
 WELL = Facts(
     now=1e9,
@@ -100,3 +102,31 @@ def test_an_alert_is_published_when_it_is_raised_and_when_it_is_cleared_and_no_m
     assert gateway.store.database.query("SELECT count(*) FROM alerts WHERE cleared IS NOT NULL") == [(1,)]
     assert b'edgepriv_gateway_devices{state="heard"} 1.0' in gateway.metrics.text()
     site.close()
+
+
+def exposed(metrics):
+    """Series and values of the alert metric."""
+    return dict(re.findall(r"^edgepriv_gateway_alerts(\{.*\}) (\S+)$", metrics.text().decode(), re.MULTILINE))
+
+
+def test_the_metric_tells_severities_apart_and_forgets_what_is_over(tmp_path):
+    site, metrics = Site(tmp_path), Metrics()
+    engine = AlertEngine(site.gateway().store, AlertsSection(), lambda _: None)
+    models = (LEAKS, *({**LEAKS, "version": version, "withheld": "its verdict"} for version in "23"))
+    told = []
+    for facts in (dataclasses.replace(WELL, models=models), dataclasses.replace(WELL, models=models[1:]), WELL):
+        metrics.set_alerts(engine.turn(facts))
+        told.append(exposed(metrics))
+    critical, warning = (f'{{name="model-leaks",severity="{s}"}}' for s in ("critical", "warning"))
+    assert told == [{critical: "1.0", warning: "2.0"}, {warning: "2.0"}, {}]
+    site.close()
+
+
+def test_a_series_of_the_metric_that_stays_is_never_away_while_it_is_set(monkeypatch):
+    metrics, seen = Metrics(), []
+    metrics.set_alerts({("devices-silent", "warning"): 1})
+    labels = metrics.alerts.labels
+    monkeypatch.setattr(metrics.alerts, "labels", lambda *names: (seen.append(exposed(metrics)), labels(*names))[1])
+    metrics.set_alerts({("model-leaks", "critical"): 1, ("devices-silent", "warning"): 2})
+    assert len(seen) == 2
+    assert all('{name="devices-silent",severity="warning"}' in one for one in seen)

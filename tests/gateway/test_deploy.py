@@ -156,6 +156,30 @@ def test_every_alert_is_named_in_the_rules_test():
         assert inputs.count(name) >= 2, f"{name}: once well and once not"
 
 
+def test_every_rule_has_a_severity_and_asks_the_gateways_alerts_for_the_same():
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    (group,) = yaml.safe_load((DEPLOY / "prometheus" / "alerts.yml").read_text())["groups"]
+    for rule in group["rules"]:
+        assert rule["labels"]["severity"] in {"critical", "warning"}, rule["alert"]
+        for selector in re.findall(r"edgepriv_gateway_alerts(\{.*?\})?", rule["expr"]):
+            assert f'severity="{rule["labels"]["severity"]}"' in selector, rule["alert"]
+
+
+def test_the_dashboard_tells_open_alerts_apart_by_severity():
+    panels = json.loads((DEPLOY / "grafana" / "dashboards" / "gateway.json").read_text())["panels"]
+    (panel,) = [p for p in panels if "edgepriv_gateway_alerts" in p["targets"][0]["expr"]]
+    target, colours = panel["targets"][0], []
+    assert target["expr"] == "sum by (severity, name) (edgepriv_gateway_alerts)"
+    for severity in ("critical", "warning"):
+        shown = target["legendFormat"].replace("{{severity}}", severity).replace("{{name}}", "devices-silent")
+        colours += [
+            (severity, override["properties"][0]["value"]["fixedColor"])
+            for override in panel["fieldConfig"]["overrides"]
+            if re.search(override["matcher"]["options"].strip("/"), shown)
+        ]
+    assert colours == [("critical", "red"), ("warning", "orange")]
+
+
 @pytest.fixture(scope="module")
 def compose():
     yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
