@@ -170,8 +170,12 @@ def noise_for(
 def _posterior(block: Floats, prior: Floats, sigma: float | Floats) -> Floats:
     """Return diag V for unknowns with rows ``block`` [unknowns, values]; I + R F R is never worse than I."""
     scaled = block * np.sqrt(prior)[:, None] / sigma
-    inverse = np.linalg.inv(np.eye(len(prior)) + scaled @ scaled.T)
-    return np.asarray(prior * np.clip(np.diag(inverse), 0, 1), np.float64)
+    try:
+        left = np.diag(np.linalg.inv(np.eye(len(prior)) + scaled @ scaled.T))
+    except np.linalg.LinAlgError:  # noise so far below the derivatives that the sum loses I; this never says less
+        turned, values, _ = np.linalg.svd(scaled, full_matrices=False)
+        left = 1 - (turned**2 * (values**2 / (1 + values**2))).sum(axis=1)
+    return np.asarray(prior * np.clip(left, 0, 1), np.float64)
 
 
 def _example_tangents(

@@ -90,6 +90,14 @@ def test_noise_lowers_the_bound_and_the_least_noise_meets_the_limit():
     assert max(head_leakage.feature_bound(jacobian, sigma / 1.2).per_example) > 0.2
 
 
+def test_derivatives_far_above_the_noise_give_everything_away_and_break_nothing():
+    block = np.zeros((3, 2))
+    block[:2] = 1e9  # two features of which only the sum is seen, and one that is not: I is lost beside 1e36
+    jacobian = head_leakage.HeadJacobian((block,), np.ones(3), joint=False, seconds=0.0)
+    found = head_leakage.feature_bound(jacobian, 1e-9)
+    assert 1 / 3 - 1e-6 <= found.explained_variance <= 2 / 3 + 1e-6, "it errs on the side of more known"
+
+
 def test_too_many_unknowns_fall_back_to_a_higher_ceiling(monkeypatch):
     head, x, y = _case()
     recipe = LocalRecipe(0.1)
