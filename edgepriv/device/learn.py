@@ -5,11 +5,12 @@ Labels come from the scene (simulation), from a labelled folder, or from a file 
 to; frames without a label are never trained on. The device trains the softmax head with numpy, or hands the round to
 another trainer. Every update of a clear round passes `edgepriv.federated.self_check` under the owner's policy before
 it is encoded; the outcome is a counter, its figures stay on the device.
+
+A head that rounds bring serves the model whose features it was trained over and no other (`edgepriv.device.heads`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections import Counter, OrderedDict
@@ -20,9 +21,11 @@ import numpy as np
 
 from edgepriv import files
 from edgepriv.device.config import SelfCheckConfig
+from edgepriv.device.heads import Heads, head_of
 from edgepriv.errors import DataError, RefusedError, WireError
 from edgepriv.federated import head
 from edgepriv.federated.head_leakage import affordable
+from edgepriv.federated.lineage import named_models
 from edgepriv.federated.local_update import LocalUpdate
 from edgepriv.federated.participant import EndRound, FetchModel, Participant, RoundPolicy, Send, Upload
 from edgepriv.federated.self_check import STATISTICS, CheckPolicy, self_check
@@ -111,7 +114,10 @@ class Samples:
 
 
 class Learner:
-    """Joins rounds, trains and adopts new heads. The runtime carries out what it asks for."""
+    """Joins rounds, trains and adopts new heads. The runtime carries out what it asks for.
+
+    ``model``: SHA-256 of the model that runs; `model_changed` names another.
+    """
 
     def __init__(
         self,
@@ -124,6 +130,7 @@ class Learner:
         send: Callable[[Any], bool],
         spool_upload: Callable[[int, bytes], None],
         drop_upload: Callable[[int], None],
+        model: bytes,
         trainable: tuple[str, ...],
         metas: dict[int, dict[str, Any]],
         trainer: Trainer | None = None,
@@ -146,23 +153,22 @@ class Learner:
         self._check_policy = CheckPolicy(check.policy, check.max_explained_variance, check.min_images)
         self.counters: Counter[str] = Counter()
         saved = self._state_file.read_bytes() if self._state_file.is_file() else b""
-        self.participant = Participant(identity, trust, policy, self._checked(trainer or self._train), state=saved)
+        train = self._checked(trainer or self._train)
+        self.participant = Participant(identity, trust, policy, train, state=saved, model=model)
         self.head: Mapping[str, NDArray[Any]] | None = None
         self.head_digest = b""
         self.metas = metas
+        self._heads, self._head_file = Heads(state, max_bytes=fetcher.max_bytes), state
         self._fetch: FetchModel | None = None
-        self._adopt: tuple[bytes, int] | None = None
+        self._adopt: EndRound | None = None
         self._newest = b""  # of the objects in the fetcher's folder, the only one that stays
-        self._load_head()
         fetcher.forget(set())  # what an earlier process left there
+        self._use_head()
+        self._switch(model)  # where another model was installed since the last process
 
     @property
     def _state_file(self) -> Path:
         return self._state / "rounds.cbor"
-
-    @property
-    def _head_file(self) -> Path:
-        return self._state / "head.epu"
 
     # --- inference ----------------------------------------------------------------------------------------
 
@@ -245,13 +251,34 @@ class Learner:
         if self._fetch is not None:
             self._pull_base(self._fetch)
         if self._adopt is not None:
-            self._pull_result(*self._adopt)
+            self._pull_result(self._adopt)
 
-    def model_changed(self, trainable: tuple[str, ...]) -> None:
+    def model_changed(self, trainable: tuple[str, ...], model: bytes) -> None:
         """Another model runs from now on: its features have nothing to do with those that were kept."""
         self.samples.clear()
         policy = replace(self.participant.policy, trainable=trainable or ("head.*",))
         self.participant.policy = policy
+        self._switch(model)
+
+    def _switch(self, model: bytes) -> None:
+        """Serve the head of this model, and of the rounds leave what was made over another one."""
+        if model != self.participant.model:
+            if self.head is not None:
+                self._set_aside("another model runs now")
+            self._carry_out(self.participant.model_changed(model))
+            self._use_head()
+        if gone := self._heads.drop_others(model):
+            log.warning("%d heads of models that ran before are deleted", gone)
+
+    def _set_aside(self, reason: str) -> None:
+        self.counters["heads_set_aside"] += 1
+        log.warning("a head from federated rounds is not used: %s; the next round brings this model's", reason)
+
+    def _use_head(self) -> None:
+        """Serve the running model's head, if it has one."""
+        found = self._heads.of(self.participant.model)
+        self.head, self.head_digest = (found.tensors, found.digest) if found else (None, b"")
+        self._head_file = found.path if found else self._state
 
     def _pull_base(self, fetch: FetchModel) -> None:
         try:
@@ -266,13 +293,13 @@ class Learner:
             self._keep_newest(fetch.digest)
             self._carry_out(self.participant.model_ready(fetch.round, raw))
 
-    def _pull_result(self, digest: bytes, size: int) -> None:
+    def _pull_result(self, ended: EndRound) -> None:
         try:
-            path = self._weights(digest, size)
+            path = self._weights(ended.adopt, ended.adopt_bytes)
             if path is None:
                 return
-            self._adopt_head(path.read_bytes(), digest)
-            self._keep_newest(digest)
+            self._adopt_head(path.read_bytes(), ended)
+            self._keep_newest(ended.adopt)
         except WireError as error:
             self.counters["weights_refused"] += 1
             log.warning("new global weights are not usable: %s", error)
@@ -292,6 +319,11 @@ class Learner:
         self._newest = digest if digest != self.head_digest else b""
 
     def _carry_out(self, actions: list[Action]) -> None:
+        for (
+            action
+        ) in actions:  # before the state forgets them: a crash between the two must not leave them in the spool
+            if isinstance(action, EndRound):
+                self._drop(action.drop)
         self._save()
         for action in actions:
             match action:
@@ -303,62 +335,43 @@ class Learner:
                 case Upload(number, payload, meta, _):
                     self.metas[number] = meta
                     self._spool_upload(number, payload)
-                case EndRound(number, _, adopt, adopt_bytes, drop):
-                    for over in drop:
-                        self._drop_upload(over)
-                        self.metas.pop(over, None)
+                case EndRound(number, adopt=adopt):
                     if self._fetch is not None and self._fetch.round == number:
                         self._stop_pull()
                     if adopt:
-                        if self._adopt is not None and self._adopt[0] != adopt:
-                            self._fetcher.drop(self._adopt[0])
-                        self._adopt = (adopt, adopt_bytes)
+                        if self._adopt is not None and self._adopt.adopt != adopt:
+                            self._fetcher.drop(self._adopt.adopt)
+                        self._adopt = action
+
+    def _drop(self, numbers: tuple[int, ...]) -> None:
+        for number in numbers:
+            self._drop_upload(number)
+            self.metas.pop(number, None)
 
     def _stop_pull(self) -> None:
         """The base is wanted no longer; what was pulled of it goes, unless it is a result that is to be adopted."""
         fetch, self._fetch = self._fetch, None
-        if fetch is not None and (self._adopt is None or self._adopt[0] != fetch.digest):
+        if fetch is not None and (self._adopt is None or self._adopt.adopt != fetch.digest):
             self._fetcher.drop(fetch.digest)
 
     def _save(self) -> None:
         if self.participant.dirty:
             files.replace(self._state_file, self.participant.state(), mode=0o600)
 
-    def _adopt_head(self, raw: bytes, digest: bytes) -> bool:
-        """Take the head out of global weights, durably; False where they have none (WireError: one that is no head)."""
-        found = _head_of(decode_update(raw, max_bytes=self._fetcher.max_bytes).tensors)
-        if not found:
-            return False
-        if digest != self.head_digest:
-            files.replace(self._head_file, raw)
-        self.head, self.head_digest = found, digest
-        return True
-
-    def _load_head(self) -> None:
-        if self._head_file.is_file():
-            raw = self._head_file.read_bytes()
-            digest = hashlib.sha256(raw).digest()
-            try:
-                self.head_digest = digest  # it lies there already
-                good = self._adopt_head(raw, digest)
-            except WireError:
-                good = False
-            if not good:
-                self.head_digest = b""
-                self._head_file.unlink()
-
-
-def _head_of(tensors: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
-    """Weight and bias of a softmax head, or nothing where the weights have none.
-
-    Raises:
-        WireError: they are not those of a head; no inference could use them.
-    """
-    if head.WEIGHT not in tensors or head.BIAS not in tensors:
-        return {}
-    weight, bias = tensors[head.WEIGHT], tensors[head.BIAS]
-    if weight.ndim != 2 or 0 in weight.shape or bias.shape != weight.shape[:1]:
-        raise WireError(f"a head of shapes {list(weight.shape)} and {list(bias.shape)}")
-    if weight.dtype != np.float32 or bias.dtype != np.float32:
-        raise WireError("a head that is not float32")
-    return {head.WEIGHT: weight.copy(), head.BIAS: bias.copy()}
+    def _adopt_head(self, raw: bytes, ended: EndRound) -> None:
+        """Keep the head in a round's weights for the model that the round was over (WireError: one that is no head)."""
+        update = decode_update(raw, max_bytes=self._fetcher.max_bytes)
+        if not head_of(update.tensors):
+            return
+        running, model = self.participant.model, ended.model
+        if named := named_models(update.meta):
+            model = next((one for one in (running, model) if one in named), None)
+        if model != running:
+            self._set_aside(f"round {ended.round} was over another model than the one that runs")
+        if model is None:
+            return
+        if model != running or ended.adopt != self.head_digest:
+            self._heads.keep(model, raw)
+            self._heads.drop_others(running)
+        if model == running:
+            self._use_head()

@@ -128,7 +128,7 @@ class DeviceRuntime:
         except OSError as error:
             self._disk(error)
         if self.stages.learner is not None and keeper.inferer.digest != self.stages.inferer.digest:
-            self.stages.learner.model_changed(keeper.inferer.spec.trainable)
+            self.stages.learner.model_changed(keeper.inferer.spec.trainable, keeper.inferer.digest)
         self.stages.inferer = keeper.inferer
 
     def _disk(self, error: OSError) -> None:

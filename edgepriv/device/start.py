@@ -226,6 +226,7 @@ def _learner(
         send=runtime.stages.publisher.send_message,
         spool_upload=runtime.spool_upload,
         drop_upload=runtime.drop_upload,
+        model=runtime.stages.inferer.digest,
         trainable=runtime.stages.inferer.spec.trainable,
         metas=metas,
         check=config.self_check,

@@ -14,6 +14,10 @@ Rules.
 5. The device charges its own privacy ledger when the upload is released, so an aborted round counts.
 6. A declined round says why; nothing here raises on what the gateway sends except WireError, which is counted.
    Whatever goes wrong in training costs this device its part in the round and nothing else.
+7. A head belongs to the model whose features it was trained over. A round is over the model that ran when the round
+   was announced, and over none but those that its weights name (`edgepriv.federated.lineage`), where they name any.
+   When another model runs, a round without an upload is left, uploads that a later round could take are withdrawn,
+   and what error feedback remembers is forgotten.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from edgepriv.federated import compression
 from edgepriv.federated.fixed_point import ring_of
 from edgepriv.federated.layout import Layout
 from edgepriv.federated.ledger import Ledger
+from edgepriv.federated.lineage import named_models
 from edgepriv.federated.local_recipe import LocalRecipe
 from edgepriv.federated.local_update import LocalUpdate, RoundSettings, Trainer
 from edgepriv.federated.noise import MIN_STEPS, device_deviation
@@ -49,6 +54,7 @@ MAX_EPOCHS = 10_000  # an announcement must not keep a device busy for ever
 STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")
 EXPIRES_AFTER_DEADLINE_S = 60.0
 MAX_MODEL_BYTES = 512 << 20
+ROUNDS_REMEMBERED = 8  # of which it is known what model ran when they were announced
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +111,8 @@ class Upload:
 class EndRound:
     """The round is over for this device: stop its download and delete the uploads of the rounds in ``drop``.
 
-    ``adopt``: SHA-256 of the new global weights, or empty. An upload that may still be taken by a later round stays.
+    ``adopt``: SHA-256 of the new global weights, or empty; ``model``: SHA-256 of the model that the round was over,
+    None where this device cannot know. An upload that may still be taken by a later round stays.
     """
 
     round: int
@@ -113,6 +120,7 @@ class EndRound:
     adopt: bytes = b""
     adopt_bytes: int = 0
     drop: tuple[int, ...] = ()
+    model: bytes | None = None
 
 
 Action = Send | FetchModel | Upload | EndRound
@@ -130,7 +138,7 @@ class _Running:
 
 
 class Participant:
-    """One device in federated rounds, one round at a time."""
+    """One device in federated rounds, one round at a time. ``model``: SHA-256 of the model that makes its features."""
 
     def __init__(
         self,
@@ -141,9 +149,10 @@ class Participant:
         *,
         state: bytes = b"",
         seed: int = 0,
+        model: bytes = b"",
     ) -> None:
         self.identity, self.trust, self.policy, self.trainer = identity, trust, policy, trainer
-        self.seed = seed
+        self.seed, self.model = seed, model
         self.ledger = Ledger()
         self.clips = True  # only the simulator's dishonest devices turn this off
         self.feedback: dict[str, NDArray[np.float32]] = {}
@@ -151,23 +160,35 @@ class Participant:
         self._running: _Running | None = None
         self._answer: Send | None = None
         self._uploads: dict[int, int] = {}  # round of an upload -> last round that may take it
+        self._announced: dict[int, bytes] = {}  # round -> the model that ran when it was announced
         self._counted = -1
         self.dirty = False
         self.counters = {"joined": 0, "declined": 0, "uploaded": 0, "done": 0, "aborted": 0, "refused": 0}
         if state:
             self._restore(state)
+            self.model = self.model or model
 
     # --- durable state ------------------------------------------------------------------------------------
 
     def state(self) -> bytes:
         """What must survive a restart; clears ``dirty``. No secret is in it."""
         self.dirty = False
-        return cbor.encode({"last": self._last_round, "ledger": self.ledger.rows()})
+        body = {
+            "last": self._last_round,
+            "ledger": self.ledger.rows(),
+            "model": self.model,
+            "announced": [list(row) for row in self._announced.items()],
+            "uploads": [list(row) for row in self._uploads.items()],
+        }
+        return cbor.encode(body)
 
     def _restore(self, raw: bytes) -> None:
         body = cbor.decode_map(raw, max_bytes=1 << 20)
         self._last_round = int(body["last"])
         self.ledger = Ledger.from_rows(body["ledger"])
+        self.model = body.get("model", b"")
+        self._announced = dict(body.get("announced", ()))
+        self._uploads = dict(body.get("uploads", ()))
 
     @property
     def round(self) -> int | None:
@@ -209,17 +230,35 @@ class Participant:
         if running is None or running.opened.round != round_number or running.uploaded:
             return []
         try:
-            weights = decode_update(raw, max_bytes=self.policy.max_model_bytes).tensors
-            running.layout.check_weights(weights)
+            update = decode_update(raw, max_bytes=self.policy.max_model_bytes)
+            running.layout.check_weights(update.tensors)
+            models = named_models(update.meta)
         except WireError as error:
             return self._sit_out(running, f"the global weights are not usable: {error}")
-        running.weights = weights
+        if models and self.model not in models:
+            return self._sit_out(running, "the global weights are for another model than this device runs")
+        running.weights = update.tensors
         return self._advance()
 
     def model_refused(self, round_number: int, reason: str) -> list[Action]:
         """The global weights cannot be had: this device sits the round out."""
         running = self._running
         return self._sit_out(running, reason) if running and running.opened.round == round_number else []
+
+    def model_changed(self, model: bytes) -> list[Action]:
+        """Another model makes the features from now on: nothing made over the old one enters a round over the new one.
+
+        An upload that only its own round takes stays, for that round began with the old model.
+        """
+        if model == self.model:
+            return []
+        self.model, self.feedback, self.dirty = model, {}, True
+        running = self._running
+        left = [] if running is None or running.uploaded else self._sit_out(running, "another model runs now")
+        withdrawn = tuple(n for n, last in self._uploads.items() if last > n)
+        for n in withdrawn:
+            del self._uploads[n]
+        return [*left, *(EndRound(n, "another model runs now", drop=(n,)) for n in withdrawn)]
 
     def tick(self, now: float) -> list[Action]:
         """Give up a round whose deadline is well past: the gateway's result may never come."""
@@ -238,11 +277,15 @@ class Participant:
         if opened.round < self._last_round:  # a gateway that was set back: a second view of a round is never given
             reason = f"this device's last round is {self._last_round}, round {opened.round} is long past"
             return [Send(rounds.step_message(opened.round, "join", rounds.Join(False, reason, b"")))]
-        actions = self._sit_out(self._running, "a newer round was announced") if self._running else []
+        superseded = "a newer round was announced"
+        actions = self._sit_out(self._running, superseded) if self._running else []
+        actions += [EndRound(n, superseded, drop=(n,)) for n in self._expired(opened.round - 1)]
+        self._announced.setdefault(opened.round, self.model)
+        self._announced, self.dirty = dict([*self._announced.items()][-ROUNDS_REMEMBERED:]), True
         if reason := self._objection(opened, now):
             self.counters["declined"] += 1
             return [*actions, self._join(opened, accept=False, reason=reason)]
-        self._last_round, self.dirty = opened.round, True
+        self._last_round = opened.round
         self._running = _Running(opened, Layout(opened.tensors))
         self.counters["joined"] += 1
         advert = self._become_member(self._running)
@@ -348,10 +391,16 @@ class Participant:
 
     def _over(self, number: int) -> tuple[int, ...]:
         """Rounds whose uploads nobody takes after the end of this one; a round without an upload is among them."""
+        over = self._expired(number)
+        return over if number in self._uploads else tuple({*over, number})
+
+    def _expired(self, number: int) -> tuple[int, ...]:
+        """Rounds whose uploads no round after this one takes; they are forgotten here."""
         over = tuple(n for n, last in self._uploads.items() if last <= number)
         for n in over:
             del self._uploads[n]
-        return over if number in self._uploads else tuple({*over, number})
+            self.dirty = True
+        return over
 
     def _result(self, number: int, result: RoundResult) -> list[Action]:
         if self._running and self._running.opened.round == number:
@@ -361,7 +410,15 @@ class Participant:
             self.counters["done" if done else "aborted"] += 1
             self._counted = number
         adopt = (result.model, result.model_bytes) if done and len(result.model) == 32 else (b"", 0)
-        return [EndRound(number, result.reason or result.outcome, *adopt, drop=self._over(number))]
+        over = self._over(number)
+        return [EndRound(number, result.reason or result.outcome, *adopt, drop=over, model=self._model_of(number))]
+
+    def _model_of(self, number: int) -> bytes | None:
+        """The model that a round was over; None where it ran unheard of here while the model changed."""
+        known = sorted(self._announced.items())
+        before = [model for n, model in known if n <= number][-1:]
+        after = [model for n, model in known if n >= number][:1] or [self.model]
+        return after[0] if not before or before == after else None
 
 
 def _recipe(opened: RoundOpen) -> LocalRecipe:

@@ -15,13 +15,16 @@ from edgepriv.device.fetch import Fetcher
 from edgepriv.device.learn import Learner, Samples
 from edgepriv.device.runtime import DeviceRuntime
 from edgepriv.errors import ConfigError
+from edgepriv.federated.lineage import name_models
 from edgepriv.federated.local_update import LocalUpdate
 from edgepriv.wire import message, rounds
 from edgepriv.wire.messages import Chunk, Fetch
 from edgepriv.wire.rounds import Join, RoundOpen, RoundResult
-from edgepriv.wire.update import encode_update
+from edgepriv.wire.update import decode_update, encode_update
 
 CLASSES, WIDTH = 3, 4
+OLD, NEW = b"o" * 32, b"n" * 32  # digests of two models
+HEAD_FILE = f"head-{OLD.hex()}.epu"
 
 
 def _head(value, **extra):
@@ -35,7 +38,7 @@ class Device:
     def __init__(self, site, state, *, trainer=None, max_bytes=1 << 20, **settings):
         self.site, self.state, self.trainer, self.settings = site, state, trainer, settings
         self.objects, self.sent, self.uploads, self.fetched, self.now = {}, [], {}, [], 1.0
-        self.max_bytes = max_bytes
+        self.max_bytes, self.model = max_bytes, OLD
         self.start()
 
     def start(self):
@@ -45,10 +48,26 @@ class Device:
             self.site.keys["dev-cam1"], self.site.trust, RoundsConfig(min_samples=1, **self.settings),
             state=self.state, fetcher=self.fetcher, send=lambda m: self.sent.append(m) or True,
             spool_upload=self.uploads.__setitem__, drop_upload=lambda n: self.uploads.pop(n, None),
-            trainable=("*",), metas={}, trainer=self.trainer,
+            model=self.model, trainable=("*",), metas={}, trainer=self.trainer,
         )  # fmt: skip
+        self._see()
+
+    def _see(self):
+        rng = np.random.default_rng(1)
         for i in range(6):
-            self.learner.samples.add(f"{i}", np.ones(WIDTH, np.float32) * i, i % CLASSES)
+            self.learner.samples.add(f"{i}", np.abs(rng.standard_normal(WIDTH)).astype(np.float32), i % CLASSES)
+
+    def switch(self, model):
+        """Another model is installed, of the same width; frames go on."""
+        self.model = model
+        self.learner.model_changed((), model)
+        self._see()
+
+    @property
+    def answers(self):
+        """The number in the head that serves, or None while the model's own logits do."""
+        logits = self.learner.logits(SimpleNamespace(features=np.eye(WIDTH, dtype=np.float32)[0]))
+        return None if logits is None else float(logits[0])
 
     def _ask(self, fetch: Fetch):
         self.fetched.append(fetch)
@@ -119,7 +138,7 @@ def test_the_disk_does_not_grow_over_rounds_and_each_result_is_pulled_once(devic
         device.step()
         held.append(device.on_disk())
         assert device.learner.head["head.weight"][0, 0] == number
-    assert held == [["head.epu", "rounds.cbor"]] * 7
+    assert held == [[HEAD_FILE, "rounds.cbor"]] * 7
     assert device.learner.counters["weights_refused"] == 0
 
 
@@ -176,11 +195,11 @@ def test_what_is_no_head_is_neither_adopted_nor_kept_and_one_that_was_kept_goes_
     device.step()
     assert device.learner.counters["weights_refused"] == 1
     assert device.learner.head["head.weight"][0, 0] == 5
-    (device.state / "head.epu").write_bytes(encode_update(BROKEN[kind]))
+    (device.state / HEAD_FILE).write_bytes(encode_update(BROKEN[kind]))
     device.start()
     assert device.learner.head is None
     assert device.learner.logits(SimpleNamespace(features=np.ones(WIDTH, np.float32))) is None
-    assert not (device.state / "head.epu").exists()
+    assert not (device.state / HEAD_FILE).exists()
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyError, IndexError, MemoryError, OSError, ZeroDivisionError])
@@ -241,9 +260,10 @@ def test_features_of_another_width_are_another_models(device):
 
 
 def test_a_new_model_forgets_the_features_of_the_old_one_and_brings_its_own_trainable_tensors(device):
-    old, new = (SimpleNamespace(digest=d, spec=SimpleNamespace(trainable=t)) for d, t in ((b"1", ()), (b"2", ("x.*",))))
+    old, new = (SimpleNamespace(digest=d, spec=SimpleNamespace(trainable=t)) for d, t in ((OLD, ()), (NEW, ("x.*",))))
     keeper = SimpleNamespace(step=lambda now: None, inferer=old)
     runtime = SimpleNamespace(stages=SimpleNamespace(keeper=keeper, learner=device.learner, inferer=old))
+    assert device.learner.participant.model == OLD
     DeviceRuntime._keep_model(runtime, 1.0)
     assert len(device.learner.samples) == 6
     keeper.inferer = new
@@ -251,6 +271,7 @@ def test_a_new_model_forgets_the_features_of_the_old_one_and_brings_its_own_trai
     assert len(device.learner.samples) == 0
     assert runtime.stages.inferer is new
     assert device.learner.participant.policy.trainable == ("x.*",)
+    assert device.learner.participant.model == NEW
 
 
 def test_the_owners_floors_reach_the_policy_and_are_safe_by_default(site, tmp_path):
@@ -260,3 +281,149 @@ def test_the_owners_floors_reach_the_policy_and_are_safe_by_default(site, tmp_pa
     assert (policy.min_cohort, policy.active, policy.colluders) == (40, True, 5)
     with pytest.raises(ConfigError, match="colluders"):
         RoundsConfig(min_cohort=3, colluders=3)
+
+
+# --- a head belongs to the model whose features it was trained over --------------------------------------------
+
+
+def _round(device, number, value, **changes):
+    device.open(number, _head(0.0), **changes)
+    device.step()
+    device.result(number, _head(value))
+    device.step()
+
+
+def test_a_head_serves_no_other_model_of_the_same_width_and_the_next_round_brings_that_models_own(device):
+    _round(device, 1, 5.0)
+    assert device.answers == 5.0
+    device.switch(NEW)
+    assert device.answers is None
+    assert device.learner.counters["heads_set_aside"] == 1
+    _round(device, 2, 7.0)
+    assert device.answers == 7.0
+
+
+def test_after_a_rollback_the_earlier_models_head_serves_again_also_over_a_restart(device):
+    _round(device, 1, 5.0)
+    device.switch(NEW)
+    _round(device, 2, 7.0)
+    device.switch(OLD)
+    assert device.answers == 5.0
+    device.start()
+    assert device.answers == 5.0
+    device.model = NEW
+    device.start()
+    assert device.answers == 7.0
+
+
+def test_a_model_that_was_installed_while_no_process_ran_gets_no_head_of_another(device):
+    _round(device, 1, 5.0)
+    device.model = NEW
+    device.start()
+    assert device.answers is None
+    assert device.learner.counters["heads_set_aside"] == 1
+
+
+def test_two_heads_are_kept_and_one_of_an_earlier_release_whose_model_nobody_knows_is_not(device):
+    (device.state / "head.epu").write_bytes(_head(9.0))
+    device.start()
+    assert (device.answers, device.on_disk()) == (None, [])
+    for number, model in enumerate((OLD, NEW, b"3" * 32), 1):
+        device.switch(model)
+        _round(device, number, float(number))
+    assert [name for name in device.on_disk() if name.startswith("head")] == [
+        f"head-{model.hex()}.epu" for model in (b"3" * 32, NEW)
+    ]
+    device.switch(OLD)
+    assert device.answers is None
+
+
+def test_a_round_without_an_upload_is_left_when_the_model_changes(device):
+    device.open(1, _head(0.0))
+    device.switch(NEW)
+    device.step()
+    assert (device.joins[-1].accept, device.joins[-1].reason) == (False, "another model runs now")
+    assert (device.uploads, device.learner.participant.round) == ({}, None)
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize(("late_rounds", "kept"), [(0, [1]), (2, [])])
+def test_an_upload_over_the_old_model_enters_no_later_round(device, late_rounds, kept, restart):
+    device.open(1, _head(0.0), late_rounds=late_rounds)
+    device.step()
+    assert list(device.uploads) == [1]
+    if restart:
+        device.model = NEW
+        device.start()
+    else:
+        device.switch(NEW)
+    assert list(device.uploads) == kept, "its own round may still take it"
+    device.open(2, _head(0.0), late_rounds=late_rounds)
+    assert 1 not in device.uploads
+
+
+def test_a_late_upload_outlives_a_restart_of_the_same_model_and_goes_when_no_round_takes_it(device):
+    device.open(1, _head(0.0), late_rounds=1)
+    device.step()
+    device.start()
+    device.open(2, _head(0.0))
+    assert 1 in device.uploads
+    device.result(2, _head(1.0))
+    assert device.uploads == {}
+
+
+def test_a_result_is_kept_for_the_model_that_ran_when_its_round_was_announced(device):
+    device.open(1, _head(0.0))
+    device.step()
+    device.switch(NEW)
+    device.result(1, _head(5.0))
+    device.step()
+    assert device.answers is None
+    device.switch(OLD)
+    assert device.answers == 5.0
+
+
+def test_a_result_of_a_round_that_ran_unheard_of_around_a_change_of_the_model_is_not_adopted(device):
+    device.open(1, _head(0.0))
+    device.step()
+    device.switch(NEW)
+    device.result(3, _head(5.0))
+    device.step()
+    assert device.answers is None
+    device.switch(OLD)
+    assert device.answers is None
+    assert device.learner.counters["heads_set_aside"] == 1
+    assert device.learner.counters["weights_refused"] == 0
+
+
+def test_weights_that_name_their_models_train_and_serve_no_other(device):
+    named = name_models(_head(0.0), [NEW])
+    device.open(1, named)
+    device.step()
+    assert (device.joins[-1].accept, device.uploads) == (False, {})
+    assert "for another model" in device.joins[-1].reason
+    device.result(1, name_models(_head(5.0), [NEW]))
+    device.step()
+    assert device.answers is None
+    device.switch(NEW)
+    device.open(2, named)
+    device.step()
+    assert 2 in device.uploads
+    device.result(2, name_models(_head(6.0), [b"1" * 32, NEW]))
+    device.step()
+    assert device.answers == 6.0
+
+
+@pytest.mark.parametrize("over", [7, [b"short"], ["text"], [bytes(32)] * 65])
+def test_weights_whose_list_of_models_is_none_are_not_trained_on(device, over):
+    device.open(1, encode_update(decode_update(_head(0.0), max_bytes=1 << 20).tensors, {"over": over}))
+    device.step()
+    assert "not usable" in device.joins[-1].reason
+
+
+def test_what_error_feedback_owes_is_forgotten_with_the_model(device):
+    device.open(1, _head(0.0), encoding="topk", keep=0.2)
+    device.step()
+    assert device.learner.participant.feedback
+    device.switch(NEW)
+    assert device.learner.participant.feedback == {}

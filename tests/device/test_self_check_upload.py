@@ -52,7 +52,7 @@ class Device:
             site.keys["dev-cam1"], site.trust, RoundsConfig(min_samples=1), state=tmp_path, fetcher=Files(path),
             send=lambda message: self.sent.append(message) or True,
             spool_upload=self.uploads.__setitem__, drop_upload=lambda number: None,
-            trainable=trainable, metas={}, trainer=trainer, check=SelfCheckConfig(policy, **check),
+            model=bytes(32), trainable=trainable, metas={}, trainer=trainer, check=SelfCheckConfig(policy, **check),
         )  # fmt: skip
         rng = np.random.default_rng(0)
         for i in range(images):
