@@ -114,12 +114,18 @@ def export(config_path: Path, folder: Path) -> None:
 @token.command("ca")
 @_CONFIG
 @click.option(
-    "--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="Where the broker reads it."
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
+    help="Where the broker reads it; - prints it.",
 )
 def ca(config_path: Path, out: Path) -> None:
     """Write the certificate of the device CA (made on first use) to a file, for the broker's device listener."""
     with _enrolment(config_path) as (_, enrolment):
         certificate = enrolment.ca.certificate
+    if str(out) == "-":
+        click.echo(certificate, nl=False)
+        return
     try:
         out.write_bytes(certificate)
     except OSError as error:

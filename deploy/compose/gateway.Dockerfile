@@ -10,9 +10,11 @@ RUN python -m venv /opt/edgepriv \
  && /opt/edgepriv/bin/pip install --no-cache-dir -c deploy/constraints.txt '.[gateway,postgres]'
 
 FROM python:3.11-slim-bookworm
-RUN useradd --system --uid 10001 --home-dir /var/lib/edgepriv-gateway --create-home --shell /usr/sbin/nologin edgepriv
+# The folder of enrolment has a volume of its own, which takes its owner from here.
+RUN useradd --system --uid 10001 --home-dir /var/lib/edgepriv-gateway --create-home --shell /usr/sbin/nologin edgepriv \
+ && install -d -m 700 -o edgepriv /var/lib/edgepriv-gateway/enrolment
 COPY --from=build /opt/edgepriv /opt/edgepriv
-ENV ORT_DISABLE_TELEMETRY=1
+ENV PATH=/opt/edgepriv/bin:$PATH ORT_DISABLE_TELEMETRY=1
 USER 10001
 VOLUME /var/lib/edgepriv-gateway
 EXPOSE 9464 8080

@@ -14,7 +14,7 @@ RUN python -m venv /opt/edgepriv \
 FROM python:3.11-slim-bookworm
 RUN useradd --system --uid 10001 --home-dir /var/lib/edgepriv-risk --create-home --shell /usr/sbin/nologin edgepriv
 COPY --from=build /opt/edgepriv /opt/edgepriv
-ENV ORT_DISABLE_TELEMETRY=1 HOME=/var/lib/edgepriv-risk MPLCONFIGDIR=/tmp
+ENV PATH=/opt/edgepriv/bin:$PATH ORT_DISABLE_TELEMETRY=1 HOME=/var/lib/edgepriv-risk MPLCONFIGDIR=/tmp
 USER 10001
 VOLUME /var/lib/edgepriv-risk
 EXPOSE 9465

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -16,10 +17,11 @@ from prometheus_client import generate_latest
 
 from edgepriv.cli import root as device_commands
 from edgepriv.device.config import DeviceConfig
+from edgepriv.risk.config import RiskConfig
 from edgepriv.risk.metrics import RiskMetrics
 from edgepriv.settings import load_settings
 from gateway.cli import root as gateway_commands
-from gateway.config import load
+from gateway.config import Config, load
 from gateway.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -186,11 +188,93 @@ def compose():
     return yaml.safe_load((DEPLOY / "compose" / "compose.yaml").read_text())
 
 
-def test_the_compose_file_keeps_the_gateways_key_from_pages_and_enrolment(compose):
-    for name in ("pages", "enrolment"):
-        mounted = [volume.split(":")[0] for volume in compose["services"][name]["volumes"]]
-        assert not {"./site", "./site/keys"} & set(mounted), name
-        assert not [source for source in mounted if source.endswith(".key")], name
+SITE = [
+    "gateway.toml", "risk.toml", "trust/trust.cbor", "keys/owner.key.pub", "keys/broker.key", "keys/gateway.key",
+    "keys/gateway-tls.key", "keys/risk.key", "keys/risk-tls.key", "keys/owner.key", "tls/service-ca.crt",
+    "tls/service-ca.key", "tls/device-ca.crt", "tls/broker.crt", "tls/gateway-tls.crt", "tls/risk-tls.crt",
+    "secrets/postgresql.url", "secrets/webhook.secret", "grafana/admin.password", "targets/risk.yml", "probe/a.png",
+]  # fmt: skip
+
+
+def mounts(compose, name):
+    """What a container sees of the host: source by place, and whether it is mounted read-only."""
+    service, found = compose["services"][name], {}
+    for volume in service.get("volumes", []):
+        source, place, *mode = volume.split(":")
+        found[place] = (source, mode == ["ro"])
+    for secret in service.get("secrets", []):
+        named = secret if isinstance(secret, dict) else {"source": secret, "target": secret}
+        place = Path("/run/secrets") / named["target"]
+        found[str(place)] = (compose["secrets"][named["source"]]["file"], True)
+    return found
+
+
+def seen(compose, name):
+    """The files of the site that a container sees, by place; a folder shows all that lies in it."""
+    places = {}
+    for place, (source, _) in mounts(compose, name).items():
+        for file in SITE:
+            path = f"./site/{file}"
+            if path == source or path.startswith(f"{source}/"):
+                places[place + path[len(source) :]] = file
+    return places
+
+
+def test_a_container_sees_its_own_keys_and_no_other(compose):
+    private = {file for file in SITE if file.endswith((".key", ".password")) or file.startswith("secrets/")}
+    shared = {"secrets/postgresql.url", "secrets/webhook.secret"}
+    own = {
+        "broker": {"keys/broker.key"},
+        "gateway": {"keys/gateway.key", "keys/gateway-tls.key", *shared},
+        "pages": shared,
+        "risk": {"keys/risk.key", "keys/risk-tls.key"},
+        "grafana": {"grafana/admin.password"},
+    }
+    for name in compose["services"]:
+        assert set(seen(compose, name).values()) & private == own.get(name, set()), name
+        assert all(read_only for source, read_only in mounts(compose, name).values() if source.startswith("./site"))
+
+
+def test_a_trust_list_that_replaces_another_by_a_rename_reaches_every_container(compose):
+    """A mounted file stays the old one after a rename on the host; a mounted folder shows the new one."""
+    for name in ("gateway", "pages", "enrolment", "risk"):
+        found = mounts(compose, name)
+        assert found["/etc/edgepriv/trust"] == ("./site/trust", True)
+        assert not [source for source, _ in found.values() if source.endswith("trust.cbor")], name
+        assert "/etc/edgepriv/trust/trust.cbor" in compose["services"][name]["environment"].values()
+
+
+@pytest.mark.parametrize(
+    ("name", "cls", "file", "beside"),
+    [
+        ("gateway", Config, "gateway.toml", ()),
+        ("risk", RiskConfig, "risk.toml", ()),
+        ("pages", Config, "gateway.toml", ("identity", "broker")),  # those two are never opened there
+        ("enrolment", Config, "gateway.toml", ("identity", "certificate", "key")),
+    ],
+)
+def test_a_container_finds_the_files_that_its_configuration_names(compose, name, cls, file, beside):
+    environment = {k: str(v) for k, v in compose["services"][name]["environment"].items()}
+    config = dataclasses.asdict(load_settings(cls, DEPLOY / "examples" / file, environment))
+    own = config["risk" if name == "risk" else "gateway"]
+    named = {key: own[key] for key in ("identity", "owner", "trust")}
+    if "broker" not in beside:
+        named |= {key: config["broker"][key] for key in ("ca", "certificate", "key")}
+    there = seen(compose, name)
+    assert file in there.values()
+    for key, path in named.items():
+        place = str(path).replace(str(DEPLOY / "examples"), "/etc/edgepriv")
+        assert place in there or key in beside, f"{key} = {place}"
+
+
+def test_only_enrolment_sees_the_ca_of_the_devices(compose):
+    folder = "/var/lib/edgepriv-gateway/enrolment"
+    assert mounts(compose, "enrolment")[folder] == ("enrolment-state", False)
+    assert "gateway-state" not in {source for source, _ in mounts(compose, "enrolment").values()}
+    for name in ("gateway", "pages"):
+        assert f"{folder}:ro" in compose["services"][name]["tmpfs"]
+        assert "enrolment-state" not in {source for source, _ in mounts(compose, name).values()}
+    assert f"install -d -m 700 -o edgepriv {folder}" in (DEPLOY / "compose" / "gateway.Dockerfile").read_text()
 
 
 def test_every_service_of_ours_in_the_compose_file_is_locked_down(compose):
@@ -223,9 +307,11 @@ def test_prometheus_asks_only_what_always_runs_unless_the_operator_names_more(co
 def test_every_private_file_of_the_compose_file_is_made_and_owned_in_the_document(compose):
     for secret in compose["secrets"].values():
         path = secret["file"].removeprefix("./")
-        assert f"> {path}" in TEXT, path
-        assert re.search(rf"chown \d+ {path}", TEXT), path
-    for folder in re.findall(r"\./(site/(?:secrets|targets))", "".join(compose["services"]["pages"]["volumes"])):
+        folder = path.rpartition("/")[0]
+        assert re.search(rf"mkdir -p .*{folder}", TEXT), folder
+        assert re.search(rf"chown (-R )?\d+ .*({path}|{folder} )", TEXT), path
+        assert re.search(rf"chmod 600 .*({path}|{folder}/\*\.key)", TEXT), path
+    for folder in re.findall(r"\./(site/(?:secrets|targets|trust))", str(compose["services"])):
         assert re.search(rf"mkdir -p .*{folder}", TEXT), folder
 
 

@@ -48,7 +48,9 @@ def test_what_root_makes_in_the_state_folder_belongs_to_the_service(site, tmp_pa
     assert {path.stat().st_uid for path in made} == {SERVICE}
     assert (tmp_path / "cam1.token").stat().st_uid == 0
     assert (tmp_path / "cam1.token").stat().st_mode & 0o777 == 0o600
-    assert (tmp_path / "device-ca.crt").read_bytes() == (state / "enrolment" / "ca.crt").read_bytes()
+    certificate = (state / "enrolment" / "ca.crt").read_bytes()
+    assert (tmp_path / "device-ca.crt").read_bytes() == certificate
+    assert call(site, "token", "ca", "--out", "-").stdout_bytes == certificate
     assert os.geteuid() == 0
 
 
