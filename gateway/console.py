@@ -109,7 +109,10 @@ class opened_store:  # noqa: N801 - used like a function: with opened_store(conf
         from gateway.daemon import open_store
 
         if not create and not config.store.url_file and not (config.gateway.state / "gateway.db").is_file():
-            raise MissingFileError(f"no store in {config.gateway.state}", hint="the gateway makes it when it first runs: edgepriv-gateway run")
+            raise MissingFileError(
+                f"no store in {config.gateway.state}",
+                hint="the gateway makes it when it first runs: edgepriv-gateway run",
+            )
         self._owner = as_state_owner(config)
         self._owner.__enter__()
         try:
