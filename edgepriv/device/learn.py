@@ -319,10 +319,8 @@ class Learner:
         self._newest = digest if digest != self.head_digest else b""
 
     def _carry_out(self, actions: list[Action]) -> None:
-        for (
-            action
-        ) in actions:  # before the state forgets them: a crash between the two must not leave them in the spool
-            if isinstance(action, EndRound):
+        for action in actions:
+            if isinstance(action, EndRound):  # before the state forgets what a crash would leave in the spool
                 self._drop(action.drop)
         self._save()
         for action in actions:

@@ -128,11 +128,15 @@ def test_an_update_that_is_later_than_the_plan_allows_is_let_go(tmp_path):
     fleet.hold = {"dev-002"}
     fleet.open(fleet.plan(base, **options))
     fleet.run()
+    late = fleet.uploads["dev-002"]
     fleet.gone = {"dev-002"}
     fleet.open(fleet.plan(base, round=2, **options))
     fleet.run()
     fleet.gone, fleet.hold = set(), set()
     fleet.open(fleet.plan(base, round=3, **options))
+    fleet._offer("dev-002", late)
+    fleet.turn()
+    assert late not in [*fleet.uploads.values(), *fleet.older.values()], "its device lets it go"
     third = fleet.run()
     assert third.participants == ("dev-000", "dev-001", "dev-002")
     assert [a.outcome for n, a in fleet.acks if n == "dev-002"] == ["rejected", "stored"]
