@@ -28,6 +28,7 @@ from edgepriv.errors import EdgeprivError, TrustError, WireError
 from edgepriv.wire import cbor
 from edgepriv.wire.messages import Fetch, Notice, Query, Reply
 from gateway import outputs, round_audits
+from gateway.store import store_failed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -94,6 +95,8 @@ class Desk:
         try:
             return Reply(query.id, ok=True, body=answer(session, role, query.args, now))
         except (EdgeprivError, TypeError, ValueError, KeyError) as error:
+            if store_failed(error):
+                raise  # no answer: the whole batch is done again when the store is back
             text = str(error) if isinstance(error, EdgeprivError) else "the query's arguments are not valid"
             return Reply(query.id, ok=False, body={"error": text[:300]})
 

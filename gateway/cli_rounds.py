@@ -46,7 +46,10 @@ def rounds_list(config_path: Path, as_json: bool, limit: int) -> None:
 @AS_JSON
 @click.argument("number", type=int)
 def rounds_show(config_path: Path, as_json: bool, number: int) -> None:
-    """Show a round's record, with what the risk service found that its updates give away."""
+    """Show a round's record.
+
+    With what the risk service found that its updates give away.
+    """
     from gateway import round_audits
 
     with opened_store(load_config(config_path)) as store:
@@ -94,11 +97,21 @@ def rounds_stop(config_path: Path, as_json: bool, number: int, reason: str) -> N
 @AS_JSON
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--model", required=True, help="Id of the model whose tensors these are.")
-def rounds_weights(config_path: Path, as_json: bool, file: Path, model: str) -> None:
-    """Make a file of weights (edgepriv update format) the base of the next round."""
+@click.option(
+    "--over",
+    multiple=True,
+    metavar="SHA256",
+    help="Digest of a model that the weights are for, as devices report it (one for each level): others sit out.",
+)
+def rounds_weights(config_path: Path, as_json: bool, file: Path, model: str, over: tuple[str, ...]) -> None:
+    """Make a file of weights the base of the next round.
+
+    It is in edgepriv's update format.
+    """
+    models = [_digest(text) for text in over]
     config = load_config(config_path)
     with handed_over(config, file) as path:
-        result = ask_daemon(config, "round-weights", {"path": str(path), "model": model})
+        result = ask_daemon(config, "round-weights", {"path": str(path), "model": model, "over": models})
     document = {
         "schema": "edgepriv.gateway-weights/1",
         "model": model,
@@ -108,13 +121,26 @@ def rounds_weights(config_path: Path, as_json: bool, file: Path, model: str) -> 
     show(document, as_json, [f"weights {document['digest']} of {model} are the base of the next round"])
 
 
+def _digest(text: str) -> str:
+    try:
+        digest = bytes.fromhex(text)
+    except ValueError:
+        digest = b""
+    if len(digest) != 32:
+        raise click.BadParameter(f"{text!r} is no SHA-256 in hex", param_hint="--over")
+    return digest.hex()
+
+
 @rounds.command("reference")
 @CONFIG
 @AS_JSON
 @click.argument("update", type=click.Path(path_type=Path))
 @click.argument("statement", type=click.Path(path_type=Path))
 def rounds_reference(config_path: Path, as_json: bool, update: Path, statement: Path) -> None:
-    """Hand in a signed reference update for the rule fltrust (edgepriv federated reference makes the statement)."""
+    """Hand in a signed reference update for the rule fltrust.
+
+    `edgepriv federated reference` makes the statement.
+    """
     paths = {"update": str(update.resolve()), "statement": str(statement.resolve())}
     result = ask_daemon(load_config(config_path), "round-reference", paths)
     document = {"schema": "edgepriv.gateway-reference/1", **json_map(result)}
@@ -127,7 +153,10 @@ def rounds_reference(config_path: Path, as_json: bool, update: Path, statement: 
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Where the new weights go.")
 @click.argument("partials", type=click.Path(path_type=Path), nargs=-1, required=True)
 def rounds_merge(as_json: bool, base: Path, out: Path, partials: tuple[Path, ...]) -> None:
-    """Add the partial sums of several gateways' shards and write the new global weights."""
+    """Add the partial sums of several gateways' shards.
+
+    Writes the new global weights.
+    """
     from gateway.shards import merge_partials
 
     if missing := [path for path in (base, *partials) if not path.is_file()]:

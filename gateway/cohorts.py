@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from edgepriv.errors import DataError, EdgeprivError, TemporaryError, WireError
+from edgepriv.errors import DataError, EdgeprivError, StorageFullError, TemporaryError, WireError
 from edgepriv.wire import rounds as wire_rounds
 from gateway import aggregate, round_events, shards
 from gateway.parted import CancelPart, OpenPart, PartedRound
@@ -160,7 +160,7 @@ class Parts:
                     folder, whole, base, out, noise=noise, count_noise=count_noise, rate=plan.server_rate, cohorts=done
                 )
             return self._conductor.publish(plan, result, out, self._conductor.spent(parent))
-        except TemporaryError:
+        except (StorageFullError, TemporaryError):
             raise  # the store is away: the whole turn is done again
         except (EdgeprivError, OSError) as error:
             return not_finished(error)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgepriv.errors import EdgeprivError, TemporaryError
 from edgepriv.wire import cbor
-from gateway.store import unpack
+from gateway.store import store_failed, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -77,6 +77,8 @@ class CommandQueue:
                 raise EdgeprivError(f"unknown command {action!r}")
             state, result = "done", carry_out(args, actor, now)
         except (EdgeprivError, KeyError, TypeError, ValueError) as error:
+            if store_failed(error):
+                raise  # the command is carried out when the store is back
             state, result = "refused", {"error": str(error), "hint": getattr(error, "hint", "")}
         with self._store.batch():
             self._store.database.execute(

@@ -17,7 +17,7 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 from edgepriv import files, primitives
-from edgepriv.errors import DataError, EdgeprivError, RefusedError, TemporaryError, WireError
+from edgepriv.errors import DataError, EdgeprivError, RefusedError, StorageFullError, TemporaryError, WireError
 from edgepriv.federated.privacy import next_clip
 from edgepriv.wire import cbor
 from edgepriv.wire import rounds as wire_rounds
@@ -26,6 +26,7 @@ from edgepriv.wire.rounds import CLEAR, MASKED, Confirm, Join
 from gateway import aggregate, robust_sum, round_events, shards
 from gateway.aggregate import Staged
 from gateway.cohorts import Parts
+from gateway.late_updates import same_line
 from gateway.parted import PartedRound, cohorts_of
 from gateway.round_ports import DropUpload, OpenUpload, Outgoing, RoundStore, Tell
 from gateway.round_start import check_plan
@@ -198,7 +199,7 @@ class Conductor(Weights):
             if self._waits_for_next(offer.round, current, device, offer.digest):
                 return []  # a late update: its device offers it again when the next round runs
             newer = [r for r in self._singles() if r.plan.round > offer.round and r.plan.late == "next"]
-            newer = [r for r in newer if r.state == "collecting"]
+            newer = [r for r in newer if r.state == "collecting" and same_line(self, offer.round, r.plan)]
             if newer and not (current and self._was_taken(current, device)):
                 current, stale = newer[0], newer[0].plan.round - offer.round
         if current is None:
@@ -444,7 +445,7 @@ class Conductor(Weights):
             else:
                 result = self._finish_sum(current, folder, base, out)
             return self.publish(plan, result, out, 0.0 if plan.part else self.spent(current))
-        except TemporaryError:
+        except (StorageFullError, TemporaryError):
             raise  # the store is away: the whole turn is done again
         except (EdgeprivError, OSError) as error:
             return round_events.not_finished(error)

@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgepriv.errors import EdgeprivError, StorageFullError, TemporaryError
+from edgepriv.errors import EdgeprivError, TemporaryError
 from edgepriv.keys import load_identity, load_public
 from edgepriv.mqtt import Inbound, open_link
 from edgepriv.notify import Notifier
@@ -40,7 +40,7 @@ from gateway.root import QUESTION, root_of
 from gateway.roster import Roster
 from gateway.round_driver import RoundDriver
 from gateway.sessions import Sessions
-from gateway.store import Store
+from gateway.store import STORE_FAILED, Store
 from gateway.transfers import Transfers
 from gateway.uplink import Uplink
 from gateway.watch import Watch
@@ -59,7 +59,6 @@ STOP_S = 5.0
 FAILED_PAUSE_S = 0.5
 LOOP_STUCK_S = 30.0
 QUIET_KINDS = {"chunk", "fetch"}
-STORE_FAILED = (StorageFullError, TemporaryError, sqlite3.Error, OSError)
 
 
 def open_store(config: Config, *, create: bool = True) -> Store:
@@ -126,10 +125,7 @@ class Gateway:
         if found is None:
             return None
         root, shard = found
-        return Uplink(
-            identity, self.roster, self.rounds, self.link, root=root, shard=shard,
-            clock=self._clock,
-        )  # fmt: skip
+        return Uplink(identity, self.roster, self.rounds, self.link, root=root, shard=shard, clock=self._clock)
 
     def _put_later(self, party: str, message: Any) -> None:
         self._put_back.append((party, message))
@@ -145,6 +141,8 @@ class Gateway:
             return self._step(packets, self._clock())
         except STORE_FAILED as error:
             self._note_failure(error)
+            if self.uplink:
+                self.uplink.store_failed(error, packets, self._clock())
             return False
         finally:
             self.last_turn = time.monotonic()
@@ -354,7 +352,7 @@ class Gateway:
         on("erase", lambda a, who, now: dict(self.store.erase(a["device"], a["before"], actor=who, now=now)))
         on("round-start", lambda a, _who, now: {"round": self.rounds.start(a, now)})
         on("round-stop", self._stop_round)
-        on("round-weights", lambda a, _who, _now: self.rounds.set_weights(Path(a["path"]), a["model"]))
+        on("round-weights", lambda a, *_: self.rounds.set_weights(Path(a["path"]), a["model"], a.get("over", ())))
         on(
             "round-reference",
             lambda a, _who, now: self.rounds.references.add_files(Path(a["update"]), Path(a["statement"]), now),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgepriv.errors import ConfigError, DataError, EdgeprivError, RefusedError, WireError
+from edgepriv.federated.lineage import name_models, named_models
 from edgepriv.primitives import random_bytes
 from edgepriv.wire import cbor
 from edgepriv.wire.messages import Ack
@@ -26,11 +27,11 @@ from gateway.round_plan import RoundPlan
 from gateway.round_ports import DropUpload, OpenUpload, Tell
 from gateway.round_start import check_packets
 from gateway.sampling import choose_devices
-from gateway.store import unpack
+from gateway.store import store_failed, unpack
 from gateway.transfers import PARTIAL, Transfer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from edgepriv.wire.messages import Offer, RoundMessage
     from edgepriv.wire.trust import TrustList
@@ -253,6 +254,8 @@ class RoundDriver:
         try:
             self.start({}, now)
         except EdgeprivError as error:  # a spent budget or a missing reference: the operator's, not the daemon's end
+            if store_failed(error):
+                raise
             if str(error) != self._not_started:
                 log.warning("no round was started: %s", error)
             self._not_started = str(error)
@@ -281,13 +284,17 @@ class RoundDriver:
         """The global weights that the next round begins with: ``digest``, ``size``, ``model``."""
         return dict(self._store.meta(HEAD) or {})
 
-    def set_weights(self, path: Path, model: str) -> dict[str, Any]:
-        """Make a file of weights the base of the next round (DataError where it is none)."""
+    def set_weights(self, path: Path, model: str, over: Sequence[str] = ()) -> dict[str, Any]:
+        """Make a file of weights the base of the next round (DataError where it is none).
+
+        ``over``: SHA-256 (hex) of the models that it is for; devices that run another one neither train nor use it.
+        """
         try:
             raw = path.read_bytes()
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}") from None
-        decode_update(raw, max_bytes=MAX_WEIGHTS_BYTES)
+        named_models(decode_update(raw, max_bytes=MAX_WEIGHTS_BYTES).meta)
+        raw = name_models(raw, [bytes.fromhex(digest) for digest in over]) if over else raw
         last = self.last_number()
         head = {"digest": self.conductor.add_model(raw), "size": len(raw), "model": model, "round": last}
         self._store.set_meta(HEAD, head)
@@ -416,7 +423,7 @@ class RoundDriver:
         self._open(plan, chosen, now)
 
     def leave_part(self, running_at_root: int, now: float) -> None:
-        """Stop a part whose round the root no longer runs."""
+        """Stop a part that the root no longer waits for."""
         for number in self.running:
             if number != running_at_root:
                 self.stop(number, "the root has ended the round", now)

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import sqlite3
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgepriv import files
-from edgepriv.errors import DataError, StorageFullError, WireError
+from edgepriv.errors import DataError, StorageFullError, TemporaryError, WireError
 from edgepriv.wire import cbor
 from gateway import schema
 
@@ -32,10 +33,17 @@ INLINE_BYTES = 256 << 10
 ROW_BYTES = 512  # what a row without its content is counted as
 SIZE_CHECK_EVERY = 64
 MAX_META_BYTES = 1 << 20
+# what a database that is away, a full disk or a broken file raise: nothing of the batch is stored, and it is done again
+STORE_FAILED = (StorageFullError, TemporaryError, sqlite3.Error, OSError)
 
 
 class StoreLimitError(StorageFullError):
     """A configured limit refused one item; the transaction around it goes on."""
+
+
+def store_failed(error: Exception) -> bool:
+    """Whether the store itself failed, which is nobody's refusal and may pass."""
+    return isinstance(error, STORE_FAILED) and not isinstance(error, StoreLimitError)
 
 
 @dataclass(frozen=True, slots=True)

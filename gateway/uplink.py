@@ -4,12 +4,18 @@ Towards the root this gateway is a party like a device: its session is opened by
 to the root, everything is sealed, the partial sum goes up in chunks that the root grants, and weights come down in
 chunks that this gateway asks for. No state of its own is stored: what is to be done follows from the round's record in
 the store and from the root's answer, so a killed shard goes on where its durable files are, or sits the round out.
+
+A store that fails is no reason to sit out: the root is told from memory that this shard lives, and the part is begun,
+or goes on, when the store is back. Where it stays away for as long as the round gives its devices (``deadline_s``,
+from when the round was heard of or the store began to fail), this shard sits out and says why.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgepriv import primitives
@@ -20,6 +26,7 @@ from edgepriv.wire.session import open_session
 from edgepriv.wire.transfer import REF_BYTES, Download, chunk_bytes_for, chunk_count, from_ranges
 from gateway.aggregate import digest_of
 from gateway.root import QUESTION, shard_plan
+from gateway.store import STORE_FAILED
 from gateway.transfers import PARTIAL
 
 if TYPE_CHECKING:
@@ -35,6 +42,15 @@ log = logging.getLogger("gateway.uplink")
 ASK_S = 1.0
 AGAIN_S = 5.0
 MAX_WEIGHTS_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """The round that the root runs (0: none), when it was first heard of, and the time that its devices have."""
+
+    round: int = 0
+    at: float = 0.0
+    patience_s: float = 0.0
 
 
 class Uplink:
@@ -58,6 +74,9 @@ class Uplink:
         self._generation, self._known = -1, False
         self._at = {"record": -AGAIN_S, "ask": -ASK_S, "offer": -AGAIN_S}
         self._refused: tuple[int, str] = (0, "")
+        self._told = Told()
+        self._said: dict[str, Any] = {"round": 0, "state": "new", "reason": "", "last": 0}
+        self._away: tuple[float, float] | None = None  # first and last failure of the store
         self._taken: set[bytes] = set()
         self._granted: deque[int] = deque()
         self._offered: tuple[bytes, Path, int] | None = None
@@ -75,20 +94,26 @@ class Uplink:
 
     def step(self, now: float) -> None:
         """Send what is due and what the link takes; never waits."""
-        if not self._link.connected:
-            return
-        if self._link.generation != self._generation:
-            self._generation, self._known = self._link.generation, False
-            self._granted.clear()
-            self._at = dict.fromkeys(self._at, -AGAIN_S)
-        if not self._known:
-            if self._due("record", AGAIN_S, now):
-                self._link.send(topics.up(self.name, self._shard, "epoch"), self._signed.raw)
+        if self._away and now - self._away[1] >= AGAIN_S:
+            self._away = None  # while it fails, a turn like this one comes right after a failure
+        if not self._introduced(now):
             return
         if self._due("ask", ASK_S, now):
             self._ask()
         self._bring(now)
         self._fetch(now)
+
+    def _introduced(self, now: float) -> bool:
+        """Whether the root knows this session; else its record is sent when that is due."""
+        if not self._link.connected:
+            return False
+        if self._link.generation != self._generation:
+            self._generation, self._known = self._link.generation, False
+            self._granted.clear()
+            self._at = dict.fromkeys(self._at, -AGAIN_S)
+        if not self._known and self._due("record", AGAIN_S, now):
+            self._link.send(topics.up(self.name, self._shard, "epoch"), self._signed.raw)
+        return self._known
 
     def _due(self, what: str, every_s: float, now: float) -> bool:
         if 0 <= now - self._at[what] < every_s:
@@ -101,13 +126,47 @@ class Uplink:
 
     def _ask(self) -> None:
         number, state, reason = self._doing()
-        args = {"round": number, "state": state, "reason": reason, "last": self._rounds.last_number()}
+        self._say({"round": number, "state": state, "reason": reason, "last": self._rounds.last_number()})
+
+    def _say(self, args: dict[str, Any]) -> None:
+        self._said = args
         self._send(Query(primitives.random_bytes(8), QUESTION, args))
 
     def _doing(self) -> tuple[int, str, str]:
         """The latest part of this shard and how it stands."""
         number, state, reason = self._rounds.latest_part()
-        return (self._refused[0], "out", self._refused[1]) if self._refused[0] > number else (number, state, reason)
+        out = self._refused[0] > number or (self._refused[0] == number and state == "running")
+        return (self._refused[0], "out", self._refused[1]) if out else (number, state, reason)
+
+    # --- while the store is away --------------------------------------------------------------------------
+
+    def store_failed(self, error: Exception, packets: list[Inbound], now: float) -> None:
+        """A turn could not be stored: what the root says is heard, and answered from memory; see the module."""
+        self._away = (self._away[0] if self._away else now), now
+        for packet in (one for one in packets if one.topic == self.topic):
+            with contextlib.suppress(WireError, AuthenticationError, ReplayError):
+                self._overhear(packet, now)
+        told = self._told
+        if told.round and now >= max(told.at, self._away[0]) + told.patience_s:
+            self._refuse(told.round, error)
+        if self._introduced(now) and self._due("ask", ASK_S, now):
+            number, reason = self._refused
+            out = number and number >= self._said["round"]
+            self._say({**self._said, "round": number, "state": "out", "reason": reason} if out else self._said)
+
+    def _overhear(self, packet: Inbound, now: float) -> None:
+        match messages.decode(self._session.open(packet.topic, packet.payload)):
+            case Ack(digest) if digest == self._signed.digest:
+                self._known = True
+            case Notice("unknown-epoch"):
+                self._known = False
+            case Reply(_, ok, answer) if ok and isinstance(answer, dict):
+                self._hear(answer, now)
+
+    def _refuse(self, number: int, error: Exception) -> None:
+        if self._refused[0] < number:
+            log.warning("round %d of the root: this shard sits out: its store failed for too long", number)
+            self._refused = number, f"its store failed until the round's deadline: {error}"[:200]
 
     # --- what arrives -------------------------------------------------------------------------------------
 
@@ -141,21 +200,34 @@ class Uplink:
                 self._chunk(body)
 
     def _answer(self, answer: dict[str, Any], now: float) -> None:
-        head, told = answer.get("head") or {}, answer.get("round")
-        if not isinstance(head, dict) or not (told is None or isinstance(told, dict)):
-            raise WireError("the root's answer is malformed")
-        running = int(told["round"]) if told else 0
+        head, told = self._hear(answer, now)
+        running = self._told.round if answer.get("part") != "out" else 0
         self._rounds.leave_part(running, now)
         if head and head.get("digest") != self._rounds.head().get("digest"):
             self._want(head)
         elif told and running > self._doing()[0]:
             self._begin(told, running, now)
 
+    def _hear(self, answer: dict[str, Any], now: float) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The weights in force and the running round, of an answer of the root."""
+        head, told = answer.get("head") or {}, answer.get("round") or {}
+        number, patience_s = (told.get("round"), told.get("deadline_s")) if isinstance(told, dict) else (None, None)
+        good = type(number) is int and type(patience_s) in {int, float}
+        if not isinstance(head, dict) or (told and not good):
+            raise WireError("the root's answer is malformed")
+        if self._told.round != (number or 0):
+            self._told = Told(number or 0, now, patience_s or 0.0)
+        return head, told
+
     def _begin(self, told: dict[str, Any], number: int, now: float) -> None:
         try:
             devices = self._rounds.active_devices(now)
             plan = shard_plan(told, self.name, self._rounds.settings, len(devices))
             self._rounds.open_part(plan, devices, now)
+        except STORE_FAILED as error:
+            if now >= self._told.at + self._told.patience_s:
+                self._refuse(number, error)
+            raise  # the gateway goes on from what is stored, and the root is asked again
         except (EdgeprivError, TypeError, ValueError, KeyError) as error:
             log.warning("round %d of the root: this shard sits out: %s", number, error)
             self._refused = number, str(error)[:200]

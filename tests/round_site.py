@@ -5,9 +5,31 @@ from __future__ import annotations
 import numpy as np
 from gateway_site import exchange
 
+from edgepriv.errors import TemporaryError
 from edgepriv.wire.update import encode_update
 
 SIZE = 5000
+
+
+class Fails:
+    """A database whose ``COMMIT`` fails on demand, and which then stays away for some statements."""
+
+    def __init__(self, database):
+        self.database, self.when, self.away, self.tried = database, None, 0, 0
+        self.execute, self.query = self._guarded(database.execute), self._guarded(database.query)
+        database.execute, database.query = self.execute, self.query
+
+    def _guarded(self, run):
+        def guarded(sql, params=()):
+            if self.when and sql == "COMMIT" and self.when():
+                self.when, self.away = None, 5
+                raise TemporaryError("away")
+            if self.away:
+                self.away, self.tried = self.away - 1, self.tried + 1
+                raise TemporaryError("still away")
+            return run(sql, params)
+
+        return guarded
 
 
 def opened(site, gateway, devices):

@@ -5,33 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from gateway_site import Device, Postgres, Site
-from round_site import SIZE, finish, opened, turn, update
+from round_site import SIZE, Fails, finish, opened, turn, update
 
-from edgepriv.errors import TemporaryError
+from edgepriv.errors import StorageFullError, TemporaryError
+from edgepriv.federated.lineage import named_models
 from edgepriv.wire.update import decode_update, encode_update
 from gateway import daemon
+from gateway.commands import submit, wait
 from gateway.database import PostgresDatabase
-
-
-class Fails:
-    """A database whose ``COMMIT`` fails on demand, and which then stays away for some statements."""
-
-    def __init__(self, database):
-        self.database, self.when, self.away, self.tried = database, None, 0, 0
-        self.execute, self.query = self._guarded(database.execute), self._guarded(database.query)
-        database.execute, database.query = self.execute, self.query
-
-    def _guarded(self, run):
-        def guarded(sql, params=()):
-            if self.when and sql == "COMMIT" and self.when():
-                self.when, self.away = None, 5
-                raise TemporaryError("away")
-            if self.away:
-                self.away, self.tried = self.away - 1, self.tried + 1
-                raise TemporaryError("still away")
-            return run(sql, params)
-
-        return guarded
 
 
 @pytest.fixture
@@ -130,3 +111,45 @@ def test_every_failure_of_postgresql_is_temporary_and_no_commit_moves_to_another
     database.close()
     with pytest.raises(TemporaryError, match="cannot connect"):
         database.query("SELECT n FROM t")
+
+
+@pytest.mark.parametrize("error", [TemporaryError("away"), StorageFullError("disk I/O error")])
+def test_a_command_that_a_failing_store_stopped_is_carried_out_when_it_is_back(site, error):
+    gateway, devices = site.gateway(), [Device(site, n) for n in site.devices]
+    opened(site, gateway, devices)
+    gateway.rounds.stop(1, "once more", site.now)
+    gateway._release_replies()
+    save, failed = gateway.rounds.table.save, []
+
+    def fails_once(*args):
+        if not failed:
+            failed.append(args)
+            raise error
+        save(*args)
+
+    gateway.rounds.table.save = fails_once
+    number = submit(gateway.store, "me", "round-start", {}, site.now)
+    for _ in range(4):
+        site.now += 0.6
+        turn(gateway, devices)
+    assert failed
+    assert wait(gateway.store, number, 1.0) == {"round": 2}
+    assert gateway.rounds.running == [2]
+
+
+def test_weights_handed_in_name_the_models_that_they_are_for(site):
+    gateway = site.gateway()
+    args = {"path": str(site.weights), "model": "m", "over": ["ab" * 32]}
+    number = submit(gateway.store, "me", "round-weights", args, site.now)
+    site.now += 1
+    gateway.step()
+    digest = wait(gateway.store, number, 1.0)["digest"]
+    raw = gateway.rounds.conductor.model_path(digest).read_bytes()
+    assert named_models(decode_update(raw, max_bytes=1 << 20).meta) == (b"\xab" * 32,)
+
+
+@pytest.mark.parametrize("digest", ["ab", "xy" * 32])
+def test_a_digest_that_is_none_is_a_clear_error_before_anything_is_asked(site, digest):
+    done = site.cli("rounds", "weights", str(site.weights), "--model", "m", "--over", digest, check=False)
+    assert done.returncode == 2
+    assert "no SHA-256 in hex" in done.stderr
