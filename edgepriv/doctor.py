@@ -10,6 +10,7 @@ import fcntl
 import json
 import platform
 import shutil
+import socket
 import ssl
 import stat
 import subprocess
@@ -18,7 +19,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgepriv import primitives
-from edgepriv.errors import EdgeprivError
+from edgepriv.errors import EdgeprivError, KeyFileError, MissingFileError, TrustError
 from edgepriv.primitives import cpu
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edgepriv.mqtt import TlsFiles
+    from edgepriv.wire.trust import TrustList
 
 SCHEMA = "edgepriv.doctor/1"
 OK, WARNING, FAILED, SKIPPED = "ok", "warning", "failed", "skipped"
@@ -126,14 +128,56 @@ def certificate(path: Path | None, *, now: float) -> Finding:
     """How long does the TLS certificate live?"""
     if path is None:
         return Finding("certificate", SKIPPED, "no TLS certificate is configured")
+    if not path.is_file():
+        return Finding("certificate", FAILED, f"{path} is missing", "make it, or name the right path")
     expires = certificate_expiry(path)
     if not expires:
-        return Finding("certificate", FAILED, f"{path} is no certificate that can be read", "is it there, and PEM?")
+        return Finding("certificate", FAILED, f"{path} is no certificate that can be read", "is it PEM?")
     left = (expires - now) / DAY_S
     if left <= 0:
         return Finding("certificate", FAILED, f"{path} expired {-left:.0f} days ago", RENEW)
     state = WARNING if left < CERTIFICATE_DAYS else OK
     return Finding("certificate", state, f"{left:.0f} days left", RENEW if state == WARNING else "")
+
+
+def trusted(key: Path, owner: Path, trust: Path, *, role: str, now: float) -> TrustList:
+    """The trust list that names the key's holder in its role.
+
+    Raises:
+        MissingFileError: one of the three is not there.
+        KeyFileError: a key of another role, or not the owner's.
+        TrustError: not the owner's list, expired, or without this party and its keys.
+    """
+    from edgepriv.keys import load_identity, load_public
+    from edgepriv.wire.trust import read_trust
+
+    identity, public = load_identity(key), load_public(owner)
+    if identity.public.role != role:
+        hint = f"name the file that edgepriv keys new --role {role} made"
+        raise KeyFileError(f"{key} is the key of {identity.name}, not of a {role}", hint=hint)
+    if public.role != "owner":
+        hint = "name the owner's owner.key.pub"
+        raise KeyFileError(f"{owner} is the key of {public.name}, not of an owner", hint=hint)
+    try:
+        raw = trust.read_bytes()
+    except OSError as error:
+        hint = "the owner makes it: edgepriv owner sign; or name the right path"
+        raise MissingFileError(f"cannot read the trust list {trust}: {error.strerror}", hint=hint) from None
+    listed = read_trust(raw, public.ed25519, now=now)
+    if listed.party(identity.name, role) != identity.public:
+        raise TrustError(
+            f"it has other keys for {identity.name}", hint=f"the owner signs {key}.pub: edgepriv owner sign"
+        )
+    return listed
+
+
+def port(host: str, number: int) -> str:
+    """Why nothing can listen there, in words; empty where it is free."""
+    try:
+        socket.create_server((host, number), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except (OSError, OverflowError) as error:
+        return getattr(error, "strerror", None) or str(error)
+    return ""
 
 
 def in_use(state: Path, unit: str) -> bool:

@@ -178,7 +178,12 @@ def _fields(path: Path, *, private: bool) -> dict[str, str]:
             mode = os.fstat(file.fileno()).st_mode
             text = file.read(4096).decode("ascii", "replace")
     except FileNotFoundError:
-        raise MissingFileError(f"no such key file: {path}") from None
+        made = (
+            "edgepriv keys new makes one, edgepriv enroll a device's"
+            if private
+            else "a .pub file comes by hand from whose it is"
+        )
+        raise MissingFileError(f"no such key file: {path}", hint=f"{made}; or name the right path") from None
     except OSError as error:
         raise KeyFileError(f"cannot read key file {path}: {error.strerror}") from None
     if private and "ed25519_private" not in text and 'ed25519 = "' in text:

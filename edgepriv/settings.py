@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 T = TypeVar("T")
+NO_FILE = (
+    "--config names another; commented ones are in deploy/examples, or /etc/edgepriv where the package is installed"
+)
+WORDS = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false", "list": "a list"}
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -38,11 +42,11 @@ def read_toml(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             return tomllib.load(file)
     except FileNotFoundError:
-        raise MissingFileError(f"no such configuration file: {path}") from None
+        raise MissingFileError(f"no such configuration file: {path}", hint=NO_FILE) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from error
     except OSError as error:
-        raise MissingFileError(f"cannot read {path}: {error.strerror}") from None
+        raise MissingFileError(f"cannot read {path}: {error.strerror}", hint=NO_FILE) from None
 
 
 def load_settings(cls: type[T], path: Path, environment: Mapping[str, str] | None = None) -> T:
@@ -60,18 +64,44 @@ def load_settings(cls: type[T], path: Path, environment: Mapping[str, str] | Non
 def build(cls: type[T], table: Mapping[str, Any], *, folder: Path, where: str) -> T:
     """Check a table against a dataclass and build it, or raise ConfigError."""
     known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for key in table:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-            raise ConfigError(f"{where}: unknown key {key!r}", hint=hint)
     hints = get_type_hints(cls)
-    values = {key: _convert(hints[key], value, folder, f"{where}: {key}") for key, value in table.items()}
+    for key, value in table.items():
+        if key not in known:
+            raise _unknown(key, value, hints, where)
+    values = {
+        key: _convert(hints[key], value, folder, f"{where}: {_named(key, value)}") for key, value in table.items()
+    }
     for name, field in known.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:
             raise ConfigError(f"{where}: {name!r} is missing")
     return cls(**values)
+
+
+def _named(key: str, value: Any) -> str:
+    return f"[{key}]" if isinstance(value, dict) else key
+
+
+def _unknown(key: str, value: Any, hints: Mapping[str, Any], where: str) -> ConfigError:
+    """What is wrong with a key or section that nobody knows, and what was meant."""
+    sections = {name: cls for name, hint in hints.items() if (cls := _section(hint)) is not None}
+    if isinstance(value, dict) and sections:
+        tables = [name for name, hint in hints.items() if name in sections or get_origin(hint) is dict]
+        near = difflib.get_close_matches(key, tables, n=1, cutoff=0.5)
+        hint = f"did you mean [{near[0]}]?" if near else "known: " + ", ".join(f"[{name}]" for name in tables)
+        return ConfigError(f"{where}: unknown section [{key}]", hint=hint)
+    near = difflib.get_close_matches(key, hints, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(hints)}"
+    homes = [f"[{name}]" for name, cls in sections.items() if key in {f.name for f in dataclasses.fields(cls)}]
+    if homes:
+        hint = f"it belongs below {' or '.join(homes)}"
+    return ConfigError(f"{where}: unknown key {key!r}", hint=hint)
+
+
+def _section(hint: Any) -> Any:
+    """The dataclass that a field holds, or None."""
+    options = get_args(hint) or (hint,)
+    return next((o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)), None)
 
 
 def _convert(hint: Any, value: Any, folder: Path, where: str) -> Any:
@@ -95,7 +125,9 @@ def _convert(hint: Any, value: Any, folder: Path, where: str) -> Any:
     plain = get_origin(wanted) or wanted
     if plain is Any or (type(value) is plain):
         return value
-    raise ConfigError(f"{where} must be {getattr(plain, '__name__', plain)}, not {type(value).__name__}")
+    wanted_name, given = getattr(plain, "__name__", str(plain)), type(value).__name__
+    was = "a decimal number" if given == "float" else WORDS.get(given, given)
+    raise ConfigError(f"{where} must be {WORDS.get(wanted_name, wanted_name)}, not {was}")
 
 
 def _from_text(text: str) -> Any:

@@ -19,7 +19,18 @@ from gateway.cli_devices import devices
 from gateway.cli_models import models
 from gateway.cli_operators import operators
 from gateway.cli_rounds import rounds
-from gateway.console import AS_JSON, CONFIG, actor, ask_daemon, is_running, load_config, opened_store, parse_time, show
+from gateway.console import (
+    AS_JSON,
+    CONFIG,
+    actor,
+    ask_daemon,
+    is_running,
+    load_config,
+    make_state,
+    opened_store,
+    parse_time,
+    show,
+)
 from gateway.token_commands import token
 
 if TYPE_CHECKING:
@@ -43,6 +54,7 @@ def run(config_path: Path, log_level: str | None, log_json: bool) -> None:
 
     config = load_config(config_path)
     configure_logs(log_level or config.log.level, json_lines=log_json or config.log.json)
+    make_state(config)
     daemon.serve(config)
 
 
@@ -50,7 +62,7 @@ def run(config_path: Path, log_level: str | None, log_json: bool) -> None:
 @CONFIG
 @AS_JSON
 def check(config_path: Path, as_json: bool) -> None:
-    """Check configuration, keys, trust list and store without touching the network."""
+    """Check configuration, keys, trust list and store, offline."""
     from edgepriv.keys import load_identity, load_public
     from gateway.roster import Roster
     from gateway.round_driver import check_settings
@@ -134,7 +146,10 @@ def _row_text(row: dict[str, Any], names: tuple[str, ...]) -> str:
 @click.option("--before", required=True, help="Age (10m, 2h, 7d) or ISO date; what was received before goes.")
 @click.confirmation_option("--yes", prompt="Delete for good?")
 def erase(config_path: Path, as_json: bool, device: str, before: str) -> None:
-    """Delete a device's frames, outputs and counts; the audit log keeps that it was done."""
+    """Delete a device's frames, outputs and counts for good.
+
+    The audit log keeps that it was done.
+    """
     before_s = parse_time(before)
     args = {"device": device, "before": before_s}
     config = load_config(config_path)
@@ -156,7 +171,10 @@ def erase(config_path: Path, as_json: bool, device: str, before: str) -> None:
 @AS_JSON
 @click.option("--no-network", is_flag=True, help="Do not connect to the broker.")
 def doctor(config_path: Path, as_json: bool, no_network: bool) -> None:
-    """Check everything the gateway needs and say how to mend it; exit 1 where something fails."""
+    """Check what the gateway needs; say how to mend what is wrong.
+
+    Ends with 1 where something fails.
+    """
     from edgepriv.doctor import show as shown
     from gateway.doctor import examine
 

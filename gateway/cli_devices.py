@@ -17,7 +17,10 @@ from gateway.console import AS_JSON, CONFIG, load_config, opened_store, show
 @click.option("--silent", is_flag=True, help="Only devices that were not heard for [alerts] device_silent_s.")
 @click.option("--page", "number", default=1, show_default=True, type=click.IntRange(1), help="50 devices a page.")
 def devices(config_path: Path, as_json: bool, search: str, silent: bool, number: int) -> None:
-    """List devices: last heard, model and level, queue, drops, certificate days left, trust list."""
+    """List devices, with what was last heard of each.
+
+    Model and level, queue, drops, days that its certificate has left, trust list.
+    """
     from gateway.pages.figures import Figures
 
     config = load_config(config_path)

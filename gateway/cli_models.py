@@ -24,7 +24,9 @@ def models() -> None:
 @click.option("--model-version", "version", default="", help="Default: 1, or a protected model's own.")
 @click.option("--only-judge", is_flag=True, help="For the risk service alone: withheld from devices.")
 def models_add(config_path: Path, as_json: bool, file: Path, name: str, version: str, only_judge: bool) -> None:
-    """Take a model file, or a protected model's shipment (withheld from devices without the verdict it needs).
+    """Take a model file, or a protected model's shipment.
+
+    Without the verdict that it needs it is withheld from devices.
 
     The first version of a model is offered to all devices; a further one is held until `models rollout`. The same file
     again changes nothing; other bytes under an id and version that are here are refused.
@@ -35,9 +37,9 @@ def models_add(config_path: Path, as_json: bool, file: Path, name: str, version:
         result = ask_daemon(config, "model-add", args, timeout_s=60)
     document = {"schema": "edgepriv.gateway-model/1", **json_map(result)}
     lines = [f"{document['id']} {document['version']}: {document['digest']}"]
-    if document["unchanged"]:
+    if document.get("unchanged"):
         lines.append(f"it was here already ({document['state']}): state, rollout and verdict are as they were")
-    elif document["held"]:
+    elif document.get("held"):
         lines.append("held: another version is offered; edgepriv-gateway models rollout offers this one")
     show(document, as_json, lines)
 
@@ -69,7 +71,10 @@ def models_list(config_path: Path, as_json: bool) -> None:
 @click.argument("model")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="File to write.")
 def models_verdict(config_path: Path, as_json: bool, model: str, out: Path) -> None:
-    """Write a model's signed verdict to a file, for `edgepriv model publish --verdict`."""
+    """Write a model's signed verdict to a file.
+
+    It is for `edgepriv model publish --verdict`.
+    """
     from edgepriv.keys import load_public
     from gateway.models import Models
     from gateway.roster import Roster
@@ -108,7 +113,10 @@ def models_halt(config_path: Path, as_json: bool, model: str) -> None:
 def models_rollout(
     config_path: Path, as_json: bool, model: str, stages: str, settle_s: float, min_good: int, max_failed: float
 ) -> None:
-    """Offer a model to a growing share of the devices; it halts by itself when too many report a failure."""
+    """Offer a model to a growing share of the devices.
+
+    It halts by itself when too many report a failure.
+    """
     try:
         shares = [int(share) for share in stages.split(",")]
     except ValueError:
@@ -130,9 +138,10 @@ def models_rollout(
 @AS_JSON
 @click.argument("model")
 def models_rollback(config_path: Path, as_json: bool, model: str) -> None:
-    """Withhold a version from everybody; the newest earlier one that is on offer is offered instead.
+    """Withhold a version, so that an earlier one counts again.
 
-    Devices that have confirmed the version keep it: they take no older one. Publish a newer version for them.
+    Nobody is offered it; the newest earlier one that is on offer is offered instead. Devices that have confirmed the
+    version keep it: they take no older one. Publish a newer version for them.
     """
     result = ask_daemon(load_config(config_path), "model-rollback", {"model": model})
     lines = [
@@ -147,6 +156,9 @@ def models_rollback(config_path: Path, as_json: bool, model: str) -> None:
 @AS_JSON
 @click.argument("model")
 def models_offer(config_path: Path, as_json: bool, model: str) -> None:
-    """Offer a halted model again; a held one, or one without a rollout, to all devices."""
+    """Offer a halted or held model.
+
+    A rollout goes on where it was; without one the model is offered to all devices.
+    """
     result = ask_daemon(load_config(config_path), "model-offer", {"model": model})
     show({"schema": "edgepriv.gateway-model/1", "model": model, **json_map(result)}, as_json, [f"{model} is offered"])

@@ -173,6 +173,9 @@ def _check(config: Config) -> None:
             raise ConfigError(f"{name} must be above 0, not {value}")
     if not 0 <= config.gateway.shard <= 999:
         raise ConfigError(f"[gateway] shard must be 0 to 999, not {config.gateway.shard}")
+    for name, port in {"[http] port": config.http.port, "[pages] port": config.pages.port}.items():
+        if not 0 <= port <= 65_535:
+            raise ConfigError(f"{name} must be 0 to 65535, not {port}", hint="0 turns it off")
     if config.log.level not in {"debug", "info", "warning", "error"}:
         raise ConfigError(f"[log] level {config.log.level!r} is not one of debug, info, warning, error")
     for name, url in {

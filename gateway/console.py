@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgepriv.errors import ConfigError, MissingFileError
+from edgepriv.errors import ConfigError, MissingFileError, TemporaryError, UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,6 +33,7 @@ CONFIG = click.option(
     help="The gateway's configuration file.",
 )
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+START_S = 20.0
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 
@@ -84,6 +85,8 @@ def as_state_owner(config: Config) -> Iterator[None]:
 @contextmanager
 def handed_over(config: Config, file: Path) -> Iterator[Path]:
     """A path of ``file`` that the daemon can read: its unit sees no home folder, so root's file is copied for it."""
+    if not file.is_file():
+        raise MissingFileError(f"no such file: {file}")
     if _owner_of_state(config) is None:
         yield file.resolve()
         return
@@ -102,6 +105,16 @@ def handed_over(config: Config, file: Path) -> Iterator[Path]:
         copy.unlink(missing_ok=True)
 
 
+def make_state(config: Config) -> None:
+    """Make the state folder where it is not there yet (UnavailableError: this user may not)."""
+    state = config.gateway.state
+    try:
+        state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        hint = "[gateway] state names a folder that the gateway's user may write"
+        raise UnavailableError(f"cannot make the state folder {state}: {error.strerror}", hint=hint) from None
+
+
 class opened_store:  # noqa: N801 - used like a function: with opened_store(config)
     """The store of a configuration, closed at the end."""
 
@@ -113,6 +126,8 @@ class opened_store:  # noqa: N801 - used like a function: with opened_store(conf
                 f"no store in {config.gateway.state}",
                 hint="the gateway makes it when it first runs: edgepriv-gateway run",
             )
+        if create:
+            make_state(config)
         self._owner = as_state_owner(config)
         self._owner.__enter__()
         try:
@@ -144,12 +159,39 @@ def is_running(config: Config) -> bool:
 
 
 def ask_daemon(config: Config, action: str, args: dict[str, Any], timeout_s: float = 20.0) -> dict[str, Any]:
-    """Hand a command to the daemon and wait for its result."""
+    """Hand a command to the daemon and wait for its result.
+
+    Raises:
+        TemporaryError: it does not run (nothing was asked for then), or did not answer in time.
+        EdgeprivError: it refused.
+    """
     from gateway import commands
 
+    if not is_running(config):
+        _await_start(config, min(timeout_s, START_S))
     with opened_store(config) as store:
         number = commands.submit(store, actor(), action, args, time.time())
         return commands.wait(store, number, timeout_s)
+
+
+def _await_start(config: Config, timeout_s: float) -> None:
+    """A daemon that is about to start is waited for, by what it writes: asking for its lock could take that from it."""
+    click.echo(f"the gateway does not run; waiting up to {timeout_s:.0f} s for it to start", err=True)
+    status, deadline = config.gateway.state / "status.json", time.monotonic() + timeout_s
+    before = _written(status)
+    while _written(status) == before:
+        if time.monotonic() > deadline:
+            raise TemporaryError(
+                "the gateway does not run, and nothing was asked of it", hint="systemctl start edgepriv-gateway"
+            )
+        time.sleep(0.2)
+
+
+def _written(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def actor() -> str:

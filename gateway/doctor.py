@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from edgepriv import doctor
 from edgepriv.doctor import FAILED, OK, SKIPPED, WARNING, Finding, guarded
-from edgepriv.keys import load_identity, load_public
+from edgepriv.keys import load_identity
 from gateway.console import as_state_owner, opened_store
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 DAY_S = 86_400
 UNIT, PAGES_UNIT = "edgepriv-gateway.service", "edgepriv-pages.service"
 KEYS = Path("/etc/edgepriv/keys")  # hidden from the unit of the pages
+PORT_REMEDY = "see who has it: ss -ltnp 'sport = :{}'; if it is not the pages, set another [pages] port"
 MOVE = "install -o edgepriv-gateway -g edgepriv-gateway -m 600 {} /etc/edgepriv/secrets/, and name it there"
 
 
@@ -28,6 +29,7 @@ def examine(config: Config, *, network: bool, running: bool) -> list[Finding]:
     now = time.time()
     keys = [config.gateway.identity, config.broker.key, config.store.url_file, config.outputs.webhook_secret]
     checks: list[tuple[str, Callable[[], Finding], str]] = [
+        ("configuration", partial(_settings, config), ""),
         ("clock", doctor.clock, ""),
         ("disk", partial(doctor.disk, config.gateway.state, min_free_bytes=config.store.min_free_bytes), ""),
         ("key files", partial(doctor.private_files, keys), ""),
@@ -37,21 +39,38 @@ def examine(config: Config, *, network: bool, running: bool) -> list[Finding]:
         ("trust list", partial(_trust, config, now), "the owner signs a new one: edgepriv owner sign"),
         ("store", partial(_store, config), "check the path, its owner and the disk"),
         ("pages", partial(_pages, config), ""),
+        ("ports", partial(_ports, config, running=running), ""),
         ("broker", partial(_broker, config, network=network, running=running), "systemctl status mosquitto"),
         ("daemon", partial(_daemon, config, now, running=running), "systemctl start edgepriv-gateway"),
     ]
     return [guarded(name, check, remedy) for name, check, remedy in checks]
 
 
-def _trust(config: Config, now: float) -> Finding:
-    from edgepriv.wire.trust import read_trust
+def _settings(config: Config) -> Finding:
+    """What only the rounds themselves look at otherwise, when they begin."""
+    from gateway.round_driver import check_settings
 
-    identity, owner = load_identity(config.gateway.identity), load_public(config.gateway.owner)
-    trust = read_trust(config.gateway.trust.read_bytes(), owner.ed25519, now=now)
-    listed = trust.party(identity.name, "gateway")
-    if listed.ed25519 != identity.public.ed25519 or listed.x25519 != identity.public.x25519:
-        remedy = "the owner adds this gateway's .pub file again"
-        return Finding("trust list", FAILED, f"it has other keys for {identity.name}", remedy)
+    check_settings(dict(config.rounds))
+    return Finding("configuration", OK, "every section is understood")
+
+
+def _ports(config: Config, *, running: bool) -> Finding:
+    """May the daemon listen where it is told to? Its own port is taken while it runs; the pages may be running too."""
+    http, pages = config.http, config.pages
+    why = doctor.port(http.host, http.port) if http.port and not running else ""
+    if why:
+        remedy = f"set another [http] port, or stop what has it: ss -ltnp 'sport = :{http.port}'"
+        return Finding("ports", FAILED, f"[http] cannot listen on {http.host}:{http.port}: {why}", remedy)
+    why = doctor.port(pages.host, pages.port) if pages.port else ""
+    if why:
+        text = f"[pages] {pages.host}:{pages.port}: {why}; all is well where the pages run already"
+        return Finding("ports", OK if running else WARNING, text, "" if running else PORT_REMEDY.format(pages.port))
+    return Finding("ports", OK, "the daemon has its own" if running else "free")
+
+
+def _trust(config: Config, now: float) -> Finding:
+    own = config.gateway
+    trust = doctor.trusted(own.identity, own.owner, own.trust, role="gateway", now=now)
     days = (trust.expires - now) / DAY_S
     state = WARNING if days < doctor.CERTIFICATE_DAYS else OK
     remedy = "the owner signs a new one: edgepriv owner sign" if state == WARNING else ""
@@ -125,6 +144,7 @@ def _pages(config: Config) -> Finding:
     if not config.pages.port:
         return Finding("pages", SKIPPED, "they are off")
     from gateway.pages.access import Operators
+    from gateway.pages.serve import check_tls
 
     count = len(Operators(config.pages.tokens).all())
     if not count:
@@ -134,6 +154,7 @@ def _pages(config: Config) -> Finding:
     if not local and config.pages.certificate is None:
         remedy = 'host = "127.0.0.1" behind a TLS proxy, or set certificate and key'
         return Finding("pages", FAILED, f"served at {config.pages.host} without TLS", remedy)
+    check_tls(config.pages)
     return Finding("pages", OK, f"{count} operators may log in")
 
 

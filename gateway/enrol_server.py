@@ -15,7 +15,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 
-from edgepriv.errors import AuthenticationError, EdgeprivError, TrustError, WireError
+from edgepriv.errors import AuthenticationError, EdgeprivError, TrustError, UnavailableError, WireError
 from edgepriv.wire import message
 from edgepriv.wire.enrolment import MAX_REQUEST_BYTES, EnrolAnswer, EnrolRequest, RenewRequest
 
@@ -48,7 +48,13 @@ class EnrolServer(ThreadingHTTPServer):
         self.enrolment, self.trust, self.revoked = enrolment, trust, revoked
         self._context = _context(enrolment.server_certificate(hosts))
         self._slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
-        super().__init__(address, _Handler)
+        try:
+            super().__init__(address, _Handler)
+        except (OSError, OverflowError) as error:
+            raise UnavailableError(
+                f"cannot listen on {address[0]}:{address[1]}: {getattr(error, 'strerror', None) or error}",
+                hint=f"give another --listen, or stop what has it: ss -ltnp 'sport = :{address[1]}'",
+            ) from None
 
     def get_request(self) -> tuple[Any, Any]:
         """Accept, and leave the handshake to the connection's own thread, so that nobody can hold up the others."""

@@ -41,7 +41,8 @@ class HealthServer:
             self._server = ThreadingHTTPServer((host, port), _handler(probe))
         except OSError as error:
             raise UnavailableError(
-                f"cannot listen on {host}:{port}: {error.strerror}", hint="set another [http] port"
+                f"cannot listen on {host}:{port}: {error.strerror}",
+                hint=f"set another [http] port, or stop what has it: ss -ltnp 'sport = :{port}'",
             ) from error
         self._server.daemon_threads = True
         self.port = int(self._server.server_address[1])

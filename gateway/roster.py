@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edgepriv.errors import MissingFileError, TrustError
+from edgepriv.errors import KeyFileError, MissingFileError, TrustError
 from edgepriv.wire.trust import MAX_BYTES, TrustList, read_trust
 
 if TYPE_CHECKING:
@@ -84,7 +84,10 @@ class Roster:
         return [self._owner.ed25519, *(party.ed25519 for party in self.trust.with_role("issuer"))]
 
     def check_self(self, identity: Identity) -> None:
-        """Refuse to run under a key that the owner has not listed for this gateway (TrustError)."""
+        """Refuse to run under a key that the owner has not listed for this gateway (TrustError), or no gateway's."""
+        if identity.public.role != "gateway":
+            hint = "[gateway] identity names the file that edgepriv keys new --role gateway made"
+            raise KeyFileError(f"this is the key of {identity.name}, not of a gateway", hint=hint)
         listed = self.trust.party(identity.name, "gateway")
         if (listed.ed25519, listed.x25519) != (identity.public.ed25519, identity.public.x25519):
             raise TrustError(

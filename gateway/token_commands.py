@@ -34,7 +34,7 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 
 @click.group()
 def token() -> None:
-    """One-time tokens with which devices get their certificate for the broker."""
+    """Enrol devices: one-time tokens, certificates, the server."""
 
 
 @token.command("new")
@@ -46,7 +46,10 @@ def token() -> None:
 @click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="Token file (secret).")
 @_JSON
 def new(config_path: Path, device: str, url: str, hours: float, replace: bool, out: Path, as_json: bool) -> None:
-    """Make a token for one device: one line of text, also fit for a QR code."""
+    """Make a token for one device.
+
+    It is one line of text, also fit for a QR code.
+    """
     from edgepriv.keys import load_public
 
     with _enrolment(config_path) as (config, enrolment):
@@ -101,7 +104,10 @@ def revoke(config_path: Path, token_id: str) -> None:
 @_CONFIG
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
 def export(config_path: Path, folder: Path) -> None:
-    """Write the public keys of enrolled devices to FOLDER, for `edgepriv owner sign`. The owner should check them."""
+    """Write the public keys of enrolled devices to FOLDER.
+
+    They are for `edgepriv owner sign`; the owner should check them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with _enrolment(config_path) as (_, enrolment):
         devices = enrolment.devices()
@@ -120,7 +126,10 @@ def export(config_path: Path, folder: Path) -> None:
     help="Where the broker reads it; - prints it.",
 )
 def ca(config_path: Path, out: Path) -> None:
-    """Write the certificate of the device CA (made on first use) to a file, for the broker's device listener."""
+    """Write the certificate of the devices' CA to a file.
+
+    It is made on first use, and is for the broker's device listener.
+    """
     with _enrolment(config_path) as (_, enrolment):
         certificate = enrolment.ca.certificate
     if str(out) == "-":
@@ -160,7 +169,7 @@ def _address(listen: str) -> tuple[str, int]:
     except ValueError:
         host, port = None, None
     if not host or port is None:
-        raise ConfigError(f"{listen!r} is not HOST:PORT")
+        raise ConfigError(f"{listen!r} is not HOST:PORT", hint="--listen 0.0.0.0:8443")
     return host, port
 
 

@@ -55,17 +55,19 @@ def test_a_file_becomes_frozen_values_with_paths_from_its_folder(tmp_path):
     ("text", "message", "hint"),
     [
         ('[broker]\nurl = "x"\ntimeout = 3', "unknown key 'timeout'", "timeout_s"),
-        ('[borker]\nurl = "x"', "unknown key 'borker'", "broker"),
+        ('[borker]\nurl = "x"', r"unknown section \[borker\]", "did you mean [broker]?"),
+        ("[zzz]", r"unknown section \[zzz\]", "known: [broker], [source]"),
+        ('url = "x"', "unknown key 'url'", "it belongs below [broker]"),
         ('[broker]\nurl = "x"\nzzz = 3', "unknown key 'zzz'", "url, ca"),
         ("[broker]\nretries = 3", "'url' is missing", ""),
         ("names = []", "'broker' is missing", ""),
-        ("[broker]\nurl = 7", "url must be str, not int", ""),
-        ('[broker]\nurl = "x"\nretries = 1.5', "retries must be int", ""),
-        ('[broker]\nurl = "x"\nretries = true', "retries must be int", ""),
-        ('[broker]\nurl = "x"\ntls = 1', "tls must be bool", ""),
+        ("[broker]\nurl = 7", r"\[broker\]: url must be text, not a whole number", ""),
+        ('[broker]\nurl = "x"\nretries = 1.5', "retries must be a whole number, not a decimal number", ""),
+        ('[broker]\nurl = "x"\nretries = true', "retries must be a whole number, not true or false", ""),
+        ('[broker]\nurl = "x"\ntls = 1', "tls must be true or false, not a whole number", ""),
         ('[broker]\nurl = "x"\nca = 3', "ca must be a path", ""),
         ('names = "a"\n[broker]\nurl = "x"', "names must be a list", ""),
-        ('names = [1]\n[broker]\nurl = "x"', "names must be str", ""),
+        ('names = [1]\n[broker]\nurl = "x"', "names must be text", ""),
         ('broker = "x"', "broker must be a table", ""),
         ("[broker", "is not TOML", ""),
     ],
@@ -92,10 +94,10 @@ def test_the_environment_overrides_the_file(tmp_path):
 
 
 def test_files_that_are_missing_or_unreadable_are_named(tmp_path):
-    with pytest.raises(MissingFileError):
-        read_toml(tmp_path / "none.toml")
-    with pytest.raises(MissingFileError):
-        read_toml(tmp_path)
+    for path in (tmp_path / "none.toml", tmp_path):
+        with pytest.raises(MissingFileError, match=str(path)) as caught:
+            read_toml(path)
+        assert "--config" in caught.value.hint
     (tmp_path / "x.toml").write_bytes(b"a = '\xff\xfe'")
     with pytest.raises(ConfigError):
         read_toml(tmp_path / "x.toml")

@@ -128,19 +128,14 @@ def _is_runtime(name: str | None) -> bool:
 
 
 def _trust(config: DeviceConfig) -> Finding:
-    from edgepriv.keys import load_identity, load_public
-    from edgepriv.wire.trust import read_trust
+    from edgepriv import doctor as checks
 
-    identity, owner = load_identity(config.device.key), load_public(config.device.owner)
-    now = time.time()
-    trust = read_trust(config.device.trust.read_bytes(), owner.ed25519, now=now)
-    if trust.party(identity.name, "device") != identity.public:
-        return Finding(
-            "trust list", "failed", f"it has other keys for {identity.name}", "the owner adds this .pub file"
-        )
+    device, now = config.device, time.time()
+    trust = checks.trusted(device.key, device.owner, device.trust, role="device", now=now)
     trust.party(config.device.gateway, "gateway")
     days = (trust.expires - now) / 86_400
-    return Finding("trust list", OK if days > 14 else WARNING, f"version {trust.version}, {days:.0f} days left")
+    remedy = "" if days > 14 else "the owner signs a new one: edgepriv owner sign"
+    return Finding("trust list", WARNING if remedy else OK, f"version {trust.version}, {days:.0f} days left", remedy)
 
 
 def _model(config: DeviceConfig) -> Finding:

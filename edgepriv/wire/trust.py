@@ -51,7 +51,10 @@ class TrustList:
         for candidate in self.parties:
             if candidate.name == name and (not roles or candidate.role in roles):
                 return candidate
-        raise TrustError(f"{name} is not in the trust list as {' or '.join(roles) or 'a party'}")
+        raise TrustError(
+            f"{name} is not in the trust list as {' or '.join(roles) or 'a party'}",
+            hint="the owner adds its .pub file: edgepriv owner sign",
+        )
 
     def with_role(self, role: str) -> tuple[PublicIdentity, ...]:
         """All parties of a role that are not revoked."""

@@ -7,7 +7,8 @@ import ssl
 import sys
 from typing import TYPE_CHECKING, Any
 
-from edgepriv.errors import ConfigError, MissingDependencyError
+from edgepriv.doctor import port
+from edgepriv.errors import ConfigError, MissingDependencyError, UnavailableError
 from edgepriv.notify import Notifier
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ def serve(config: Config) -> None:
     """Serve until told to stop.
 
     Raises:
-        ConfigError: no port, or a client CA without a certificate of the server.
+        ConfigError: no port, TLS files that cannot be used, or a client CA without a certificate of the server.
+        UnavailableError: nothing can listen there.
         MissingDependencyError: the extra ``gateway`` is not installed.
     """
     try:
@@ -37,6 +39,12 @@ def serve(config: Config) -> None:
         raise ConfigError("[pages] port is 0", hint="port = 8080")
     if settings.client_ca and not settings.certificate:
         raise ConfigError("[pages] client_ca needs a certificate of the server", hint="certificate = ..., key = ...")
+    check_tls(settings)
+    if why := port(settings.host, settings.port):
+        raise UnavailableError(
+            f"cannot listen on {settings.host}:{settings.port}: {why}",
+            hint=f"set another [pages] port, or stop what has it: ss -ltnp 'sport = :{settings.port}'",
+        )
     names: dict[Any, str] = {}
     notifier = Notifier()
 
@@ -124,6 +132,25 @@ def _tls(settings: PagesSection) -> dict[str, Any]:
     if settings.client_ca:
         tls |= {"ssl_ca_certs": str(settings.client_ca), "ssl_cert_reqs": ssl.CERT_REQUIRED}
     return tls
+
+
+def check_tls(settings: PagesSection) -> None:
+    """Can the files of ``[pages]`` be used (ConfigError)?"""
+    if not settings.certificate:
+        return
+    files = [path for path in (settings.certificate, settings.key, settings.client_ca) if path]
+    for path in files:
+        if not path.is_file():
+            raise ConfigError(f"[pages]: no such file: {path}", hint="make it, or name the right path")
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(settings.certificate, settings.key)
+        if settings.client_ca:
+            context.load_verify_locations(settings.client_ca)
+    except (OSError, ValueError) as error:
+        names = ", ".join(map(str, files))
+        hint = "PEM files that belong together, the key without a password"
+        raise ConfigError(f"[pages]: cannot use {names}: {error}", hint=hint) from None
 
 
 def _common_name(certificate: Any) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -196,3 +198,64 @@ def test_running_a_model_leaves_nothing_for_the_vendor_of_the_inference_library(
     code = "from edgepriv.cli.doctor import _onnxruntime; assert _onnxruntime().state in {'ok', 'warning'}"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, timeout=240)
     assert list(tmp_path.rglob("*")) == []
+
+
+def wrong(site, **changes):
+    """The finding on the trust list where the gateway's own section names other files."""
+    config = load(site.config_path)
+    own = dataclasses.replace(config.gateway, **{key: site.folder / name for key, name in changes.items()})
+    found = examine(dataclasses.replace(config, gateway=own), network=False, running=False)
+    return next(f for f in found if f.name == "trust list")
+
+
+@pytest.mark.parametrize(
+    ("changes", "text", "remedy"),
+    [
+        ({"identity": "none.key"}, "no such key file", "edgepriv keys new"),
+        ({"identity": "risk-lab.key"}, "the key of risk-lab, not of a gateway", "--role gateway"),
+        ({"owner": "gateway-main.key.pub"}, "the key of gateway-main, not of an owner", "owner.key.pub"),
+        ({"owner": "none.pub"}, "no such key file", "right path"),
+        ({"trust": "none.cbor"}, "none.cbor: No such file", "edgepriv owner sign"),
+        ({"trust": "."}, "Is a directory", "right path"),
+    ],
+)
+def test_a_wrong_file_of_the_gateway_is_named_with_what_to_do(site, changes, text, remedy):
+    found = wrong(site, **changes)
+    assert found.state == "failed"
+    assert text in found.text
+    assert remedy in found.remedy
+
+
+def test_ports_that_are_taken_and_rounds_that_are_not_understood_are_found_before_the_start(site):
+    config = load(site.config_path)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        http = dataclasses.replace(config.http, port=port)
+        pages = dataclasses.replace(config.pages, port=port, tokens=site.folder / "operators.toml")
+        cases = [
+            ({"http": http}, False, "failed"),
+            ({"http": http}, True, "ok"),  # the daemon has it
+            ({"pages": pages}, False, "warning"),
+            ({"pages": pages}, True, "ok"),
+            ({}, False, "ok"),
+        ]
+        for changes, running, state in cases:
+            found = {f.name: f for f in examine(dataclasses.replace(config, **changes), network=False, running=running)}
+            assert found["ports"].state == state, changes
+            assert (str(port) in found["ports"].remedy) == (state != "ok")
+    found = examine(dataclasses.replace(config, rounds={"privaci": "masked"}), network=False, running=False)
+    (finding,) = [f for f in found if f.name == "configuration"]
+    assert (finding.state, "privacy" in finding.remedy) == ("failed", True)
+
+
+def test_the_device_doctor_names_each_missing_file_with_its_own_remedy(tmp_path):
+    config = tmp_path / "device.toml"
+    config.write_text((ROOT / "deploy" / "examples" / "device.toml").read_text())
+    done = CliRunner().invoke(
+        device_commands, ["doctor", "--config", str(config), "--json", "--no-network", "--no-camera"]
+    )
+    found = {f["name"]: f for f in json.loads(done.stdout)["findings"]}
+    assert "device.key" in found["trust list"]["text"]
+    assert "edgepriv enroll" in found["trust list"]["remedy"]
+    assert found["certificate"]["text"].endswith("tls.crt is missing")
+    assert all(f["remedy"] for f in found.values() if f["state"] == "failed")

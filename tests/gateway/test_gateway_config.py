@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import socket
 import time
 
+import click
 import pytest
 from gateway_site import Device, MemoryLink, Site, exchange
 
 from edgepriv.errors import ConfigError, EdgeprivError, MissingFileError, RefusedError, TrustError
-from gateway import commands
+from gateway import commands, console
 from gateway.cli import root, run_tree
 from gateway.config import load
 from gateway.console import parse_time
@@ -39,7 +42,9 @@ def run(capsys, *args):
         ("[ingest]\nbatch = 0\n", "above 0"),
         ('[log]\nlevel = "loud"\n', "not one of"),
         ('[outputs]\nwebhook_url = "ftp://x"\n', "http"),
-        ("[nonsense]\n", "unknown key 'nonsense'"),
+        ("[nonsense]\n", "unknown section [nonsense]"),
+        ("[page]\nport = 8080\n", "did you mean [pages]?"),
+        ("[http]\nport = 99999\n", "[http] port must be 0 to 65535"),
     ],
 )
 def test_a_wrong_configuration_names_the_key_and_ends_with_78(site, capsys, line, words):
@@ -142,3 +147,89 @@ def test_a_round_needs_weights_and_devices(site):
         gateway.rounds.start({}, site.now)
     with pytest.raises((EdgeprivError, MissingFileError)):
         gateway.rounds.set_weights(site.folder / "nothing", "m")
+
+
+def named(site, key, value):
+    """A configuration with another value of one key."""
+    text = re.sub(rf"^{key} = .*$", f'{key} = "{value}"', site.config_path.read_text(), count=1, flags=re.MULTILINE)
+    site.config_path.write_text(text)
+
+
+def test_a_configuration_that_is_not_there_and_a_key_of_another_role_are_told_what_to_do(site, capsys):
+    code, _, err = run(capsys, "doctor", "--config", site.folder / "none.toml")
+    assert (code, "--config" in err.partition("what to do")[2]) == (66, True)
+    named(site, "identity", "risk-lab.key")
+    code, _, err = run(capsys, "check", "--config", site.config_path)
+    assert code == 72
+    assert "the key of risk-lab, not of a gateway" in err
+    named(site, "identity", "none.key")
+    code, _, err = run(capsys, "check", "--config", site.config_path)
+    assert (code, "edgepriv keys new" in err) == (66, True)
+
+
+@pytest.mark.parametrize("command", ["check", "run"])
+def test_a_state_folder_that_cannot_be_made_is_named(site, capsys, command):
+    named(site, "state", site.config_path / "below-a-file")
+    code, _, err = run(capsys, command, "--config", site.config_path)
+    assert code == 69
+    assert "cannot make the state folder" in err
+    assert "[gateway] state" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "where"),
+    [
+        (("pages",), "[pages] port"),
+        (("token", "serve", "--listen", "127.0.0.1:PORT"), "--listen"),
+        (("run",), "[http] port"),
+    ],
+)
+def test_a_port_that_is_taken_is_one_clear_line(site, capsys, monkeypatch, words, where):
+    site.gateway()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for section in ("PAGES", "HTTP"):
+            monkeypatch.setenv(f"EDGEPRIV_{section}__PORT", port)
+        monkeypatch.setenv("EDGEPRIV_PAGES__TOKENS", "operators.toml")
+        code, _, err = run(capsys, *(w.replace("PORT", port) for w in words), "--config", site.config_path)
+    assert code == 69
+    told, _, remedy = err.partition("what to do: ")
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in told
+    assert where in remedy
+
+
+@pytest.mark.parametrize("files", [{"certificate": "none.crt"}, {"certificate": "gateway.toml", "key": "gateway.toml"}])
+def test_certificates_of_the_pages_that_cannot_be_used_are_named(site, capsys, files):
+    site.gateway()
+    site.settings["pages"] = {"port": 1, "tokens": "operators.toml", **files}
+    site.write_config()
+    code, _, err = run(capsys, "pages", "--config", site.config_path)
+    assert code == 78
+    assert "[pages]" in err
+    assert files["certificate"] in err
+
+
+def test_a_command_for_a_gateway_that_does_not_run_says_so_at_once_and_asks_for_nothing(site, capsys, monkeypatch):
+    monkeypatch.setattr(console, "START_S", 0.3)
+    gateway, model = site.gateway(), site.folder / "m.onnx"
+    assert run(capsys, "models", "add", model, "--id", "m", "--config", site.config_path)[0] == 66
+    model.write_bytes(b"model")
+    code, _, err = run(capsys, "models", "add", model, "--id", "m", "--config", site.config_path)
+    assert code == 75
+    assert err.startswith("the gateway does not run; waiting")
+    assert "nothing was asked of it" in err
+    assert gateway.store.database.query("SELECT count(*) FROM commands") == [(0,)]
+
+
+def trees(command, path):
+    """Every group of commands with its help at the width of a terminal."""
+    if isinstance(command, click.Group):
+        context = click.Context(command, info_name=path, terminal_width=80)
+        yield path, command.get_help(context)
+        for name in command.list_commands(context):
+            yield from trees(command.get_command(context, name), f"{path} {name}")
+
+
+def test_no_list_of_commands_cuts_its_sentences_off():
+    for path, text in trees(root, "edgepriv-gateway"):
+        assert not [line for line in text.partition("Commands:")[2].splitlines() if line.endswith("...")], path
