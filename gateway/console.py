@@ -85,8 +85,10 @@ def as_state_owner(config: Config) -> Iterator[None]:
 @contextmanager
 def handed_over(config: Config, file: Path) -> Iterator[Path]:
     """A path of ``file`` that the daemon can read: its unit sees no home folder, so root's file is copied for it."""
-    if not file.is_file():
-        raise MissingFileError(f"no such file: {file}")
+    try:
+        file.stat()
+    except OSError as error:
+        raise MissingFileError(f"cannot read {file}: {error.strerror}") from None
     if _owner_of_state(config) is None:
         yield file.resolve()
         return

@@ -120,6 +120,8 @@ def load_config(path: Path) -> RiskConfig:
         raise ConfigError(f"{path}: an audit needs a worker, room for a job and a policy")
     if audit.colour not in {"RGB", "BGR"} or len(audit.scale) not in {1, 3} or len(audit.mean) not in {1, 3}:
         raise ConfigError(f"{path}: [audit] colour must be RGB or BGR, scale and mean one value or three")
+    if not 0 <= config.http.port <= 65_535:
+        raise ConfigError(f"{path}: [http] port must be 0 to 65535, not {config.http.port}", hint="0 serves nothing")
     if audit.verdict_days <= 0 or audit.report_days <= 0:
         raise ConfigError(f"{path}: verdict_days and report_days must be above 0")
     rounds = config.rounds

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import generate_latest
 
+from edgepriv.errors import UnavailableError
 from edgepriv.risk.drift import drift_in, drift_of
 from edgepriv.risk.index_page import index_html
 
@@ -111,6 +112,12 @@ def serve(service: RiskService, host: str, port: int) -> ThreadingHTTPServer:
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
             """Requests are not logged."""
 
-    server = ThreadingHTTPServer((host, port), Handler)
+    try:
+        server = ThreadingHTTPServer((host, port), Handler)
+    except OSError as error:
+        raise UnavailableError(
+            f"cannot listen on {host}:{port}: {error.strerror}",
+            hint=f"set another [http] port, or stop what has it: ss -ltnp 'sport = :{port}'",
+        ) from None
     threading.Thread(target=server.serve_forever, daemon=True, name="risk-pages").start()
     return server

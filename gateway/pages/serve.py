@@ -144,7 +144,7 @@ def check_tls(settings: PagesSection) -> None:
             raise ConfigError(f"[pages]: no such file: {path}", hint="make it, or name the right path")
     try:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(settings.certificate, settings.key)
+        context.load_cert_chain(settings.certificate, settings.key, password="")  # never asks for one
         if settings.client_ca:
             context.load_verify_locations(settings.client_ca)
     except (OSError, ValueError) as error:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import time
 import urllib.error
 import urllib.request
@@ -18,10 +19,10 @@ import pytest
 
 from edgepriv.datasets import load
 from edgepriv.device.release import parse_policy
-from edgepriv.errors import TemporaryError
+from edgepriv.errors import ConfigError, TemporaryError, UnavailableError
 from edgepriv.keys import Identity
 from edgepriv.mqtt import BrokerSettings
-from edgepriv.risk.config import AuditSection, RiskConfig, RiskSection
+from edgepriv.risk.config import AuditSection, RiskConfig, RiskSection, load_config
 from edgepriv.risk.pages import answer, serve
 from edgepriv.risk.service import RiskService
 
@@ -211,3 +212,18 @@ def faults(page):
     page.evaluate(AXE.read_text())
     found = page.evaluate("axe.run()")["violations"]
     return [f"{v['id']}: {v['nodes'][0]['html'][:120]}" for v in found if v["impact"] in {"serious", "critical"}]
+
+
+def test_a_port_that_is_taken_or_is_none_is_named(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(
+            UnavailableError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"
+        ) as error:
+            serve(None, "127.0.0.1", port)
+    assert "[http] port" in error.value.hint
+    example = (Path(__file__).resolve().parent.parent.parent / "deploy" / "examples" / "risk.toml").read_text()
+    path = tmp_path / "risk.toml"
+    path.write_text(example.replace("port = 9465", "port = 99999"))
+    with pytest.raises(ConfigError, match="0 to 65535"):
+        load_config(path)
