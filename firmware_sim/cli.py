@@ -10,10 +10,13 @@ from typing import Any
 
 import click
 
+from edgepriv.cli import LazyGroup
 from edgepriv.errors import EdgeprivError
 
 
-@click.group(context_settings={"auto_envvar_prefix": "EDGEPRIV_SIM", "help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=LazyGroup, context_settings={"auto_envvar_prefix": "EDGEPRIV_SIM", "help_option_names": ["-h", "--help"]}
+)
 @click.version_option(package_name="edgepriv")
 def root() -> None:
     """The fleet simulator: up to 1,000 virtual devices that run the real device runtime."""

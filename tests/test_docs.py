@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -63,6 +64,23 @@ def test_every_command_of_a_document_exists_with_its_options(document: Path) -> 
         for word in rest:
             if word.startswith("--"):
                 assert word.split("=")[0] in known, f"{document.name}: {' '.join(words)}: no option {word}"
+
+
+def helps(command: click.Command, path: str) -> Iterator[tuple[str, str]]:
+    """Every group of commands with its help at the width of a terminal."""
+    if isinstance(command, click.Group):
+        context = click.Context(command, info_name=path, terminal_width=80)
+        yield path, command.get_help(context)
+        for name in command.list_commands(context):
+            inner = command.get_command(context, name)
+            assert inner is not None, name
+            yield from helps(inner, f"{path} {name}")
+
+
+@pytest.mark.parametrize("name", ["edgepriv", "edgepriv-gateway", "edgepriv-sim"])
+def test_no_list_of_commands_cuts_its_sentences_off(name: str) -> None:
+    for path, text in helps(tree(name), name):
+        assert not [line for line in text.partition("Commands:")[2].splitlines() if line.endswith("...")], path
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))

@@ -42,6 +42,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "synthesize": ("edgepriv.cli.synthesize:synthesize", "Make synthetic data with a release card."),
 }
 
+HELP_LIMIT = 300  # characters of a one-liner: more than any has
+
 
 class LazyGroup(click.Group):
     """A click group whose commands are imported when they are called, not when the tree is shown."""
@@ -63,14 +65,11 @@ class LazyGroup(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Show the table's own one-liners, so that help imports nothing."""
-        if not self.table:
-            super().format_commands(ctx, formatter)
-            return
+        """Show the table's own one-liners, so that help imports nothing, and no line cut off."""
         rows = [(name, text) for name, (_, text) in self.table.items()]
         for name in super().list_commands(ctx):
             command = super().get_command(ctx, name)
-            rows.append((name, command.get_short_help_str() if command else ""))
+            rows.append((name, command.get_short_help_str(HELP_LIMIT) if command else ""))
         with formatter.section("Commands"):
             formatter.write_dl(rows)
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import click
 
+from edgepriv.cli import LazyGroup
 from edgepriv.errors import ConfigError, MissingDependencyError, MissingFileError
 
 
-@click.group()
+@click.group(cls=LazyGroup)
 def cipher() -> None:
     """Measure the image cipher. Metrics can show that a cipher is bad, never that it is good."""
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgepriv.cli import LazyGroup
 from edgepriv.cli.recipe_options import read_update_file, recipe_from, recipe_meta, recipe_options
 from edgepriv.errors import DataError, MissingFileError, RiskThresholdError
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-@click.group()
+@click.group(cls=LazyGroup)
 def federated() -> None:
     """Device-side tools for federated rounds."""
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgepriv.cli import pinned_trust
+from edgepriv.cli import LazyGroup, pinned_trust
 from edgepriv.errors import ConfigError, EdgeprivError, MissingFileError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def _site_options(command: Any) -> Any:
     return command
 
 
-@click.group()
+@click.group(cls=LazyGroup)
 def frames() -> None:
     """List, fetch and open sealed frames as a recipient."""
 

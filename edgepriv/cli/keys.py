@@ -7,8 +7,10 @@ from pathlib import Path
 
 import click
 
+from edgepriv.cli import LazyGroup
 
-@click.group()
+
+@click.group(cls=LazyGroup)
 def keys() -> None:
     """Make and show key files. Private keys are written with mode 0600 and never shown."""
 

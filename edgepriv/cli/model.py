@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgepriv.cli import LazyGroup
 from edgepriv.errors import ConfigError, DataError, EdgeprivError, MissingFileError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ CONFIG = click.option(
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
-@click.group()
+@click.group(cls=LazyGroup)
 def model() -> None:
     """Deliver protected models: publish (owner); pull, install, status, confirm, rollback (device)."""
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgepriv import files
+from edgepriv.cli import LazyGroup
 from edgepriv.errors import ConfigError, MissingFileError, TrustError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ OWNER_FILE = "owner.key"
 FILE = click.Path(path_type=Path, dir_okay=False)
 
 
-@click.group()
+@click.group(cls=LazyGroup)
 def owner() -> None:
     """The offline root key: it signs trust.cbor, the one list that all parties believe."""
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgepriv.cli import LazyGroup
 from edgepriv.cli.protect_audit import audit
 from edgepriv.cli.protect_data import InputForm, input_form, load_samples
 from edgepriv.errors import ConfigError
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from edgepriv.selective_encryption.succession import Previous
 
 
-class DefaultGroup(click.Group):
+class DefaultGroup(LazyGroup):
     """A group whose first argument is a sub-command, or else the model of the default command ``model``."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

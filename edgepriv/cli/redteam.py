@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgepriv.cli import LazyGroup
 from edgepriv.errors import ConfigError
 
 if TYPE_CHECKING:
     from edgepriv.risk.reconstruction.attack import AttackResult
 
 
-@click.group()
+@click.group(cls=LazyGroup)
 def redteam() -> None:
     """Train leaking models to test the audits with."""
 

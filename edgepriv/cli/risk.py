@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgepriv.cli import LazyGroup
 from edgepriv.errors import EdgeprivError, KeyFileError, MissingFileError, RiskThresholdError, TemporaryError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ CONFIG = click.option(
 )
 
 
-@click.group()
+@click.group(cls=LazyGroup)
 def risk() -> None:
     """The risk service."""
 

@@ -8,7 +8,6 @@ import re
 import socket
 import time
 
-import click
 import pytest
 from gateway_site import Device, MemoryLink, Site, exchange
 
@@ -219,17 +218,3 @@ def test_a_command_for_a_gateway_that_does_not_run_says_so_at_once_and_asks_for_
     assert err.startswith("the gateway does not run; waiting")
     assert "nothing was asked of it" in err
     assert gateway.store.database.query("SELECT count(*) FROM commands") == [(0,)]
-
-
-def trees(command, path):
-    """Every group of commands with its help at the width of a terminal."""
-    if isinstance(command, click.Group):
-        context = click.Context(command, info_name=path, terminal_width=80)
-        yield path, command.get_help(context)
-        for name in command.list_commands(context):
-            yield from trees(command.get_command(context, name), f"{path} {name}")
-
-
-def test_no_list_of_commands_cuts_its_sentences_off():
-    for path, text in trees(root, "edgepriv-gateway"):
-        assert not [line for line in text.partition("Commands:")[2].splitlines() if line.endswith("...")], path
