@@ -138,11 +138,25 @@ class Job:
         db.close()
         return rows
 
-    def frames(self):
+    def frames(self, epoch=None):
+        """How many frames the gateway has stored, in all or of one of its epochs."""
+        where = "" if epoch is None else f" WHERE epoch = {epoch}"
         try:
-            return self.store("SELECT count(*) FROM frames")[0][0]
+            return self.store(f"SELECT count(*) FROM frames{where}")[0][0]
         except sqlite3.OperationalError:
             return 0  # the gateway has not made its store yet
+
+    def epochs(self, name):
+        """The epochs that the gateway knows of a device, oldest first: one for each of its processes."""
+        try:
+            return [row[0] for row in self.store(f"SELECT id FROM epochs WHERE party = '{name}' ORDER BY seq")]
+        except sqlite3.OperationalError:
+            return []
+
+    def serves(self, name, process):
+        """Whether frames of a device's process (1: its first one) have arrived."""
+        known = self.epochs(name)
+        return len(known) == process and self.frames(known[-1]) > 0
 
     def device_counters(self, name):
         with sqlite3.connect(self.folder / name / "spool" / "spool.db", timeout=10) as db:

@@ -41,10 +41,13 @@ def test_a_device_the_gateway_and_the_broker_killed_in_turn_lose_and_double_noth
     job.gateway(url)
     small = job.device(0, url, frames=ENDLESS, size=(120, 160))
     large = job.device(1, url, frames=ENDLESS, interval_s=0.12)  # VGA frames travel in chunks
-    last = {3: (large, 24), 5: (small, 60)}
+    starts, last = {small: 1, large: 1}, {3: (large, 24), 5: (small, 60)}
     for turn, victim in enumerate((small, "gateway", "broker", large, "gateway", small)):
         before = job.frames()
         wait_for(lambda: job.frames() >= before + 4, 40, f"no frame arrived before {victim} was killed")  # noqa: B023
+        if victim in starts:
+            wait_for(lambda: job.serves(victim, starts[victim]), 40, f"no frame of {victim} arrived")  # noqa: B023
+            starts[victim] += 1
         job.kill(victim)
         time.sleep(0.3)
         if turn in last:
