@@ -263,7 +263,7 @@ def _write_png(picture: Picture, out: Path) -> None:
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[:, :, 0]
     try:
-        Image.fromarray(np.ascontiguousarray(pixels)).save(out, format="PNG")
+        Image.fromarray(np.ascontiguousarray(pixels)).save(out, format="PNG", compress_level=1)  # a third of the time
     except OSError as error:
         raise _unwritable(out, error) from None
 
