@@ -23,7 +23,8 @@ ONLY_SYSTEM_TESTS = 9  # an exit code that pytest does not use: tests/check runs
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session, exitstatus):
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if exitstatus == pytest.ExitCode.TESTS_FAILED and reporter:
+    whole = not (session.shouldfail or session.shouldstop)  # -x: nobody knows what the other tests would have done
+    if exitstatus == pytest.ExitCode.TESTS_FAILED and reporter and whole:
         failed = [report for kind in ("failed", "error") for report in reporter.stats.get(kind, [])]
         if failed and all("system" in getattr(report, "keywords", {}) for report in failed):
             session.exitstatus = ONLY_SYSTEM_TESTS

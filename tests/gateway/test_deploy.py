@@ -235,6 +235,14 @@ def test_a_container_sees_its_own_keys_and_no_other(compose):
         assert all(read_only for source, read_only in mounts(compose, name).values() if source.startswith("./site"))
 
 
+def test_our_own_images_are_built_here_and_never_fetched(compose):
+    ours = {n: s for n, s in compose["services"].items() if s["image"].startswith("edgepriv/")}
+    assert {n: s["pull_policy"] for n, s in ours.items()} == {
+        n: "build" if "build" in ours[n] else "never" for n in ours
+    }
+    assert {s["image"] for s in ours.values()} == {s["image"] for s in ours.values() if "build" in s}
+
+
 def test_a_trust_list_that_replaces_another_by_a_rename_reaches_every_container(compose):
     """A mounted file stays the old one after a rename on the host; a mounted folder shows the new one."""
     for name in ("gateway", "pages", "enrolment", "risk"):
