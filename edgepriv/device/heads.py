@@ -1,7 +1,9 @@
 """Heads from federated rounds on the disk, each under the digest of the model whose features it was trained over.
 
 A head serves that model only: under another one of the same width its answers would be arbitrary. The running model's
-head and the one of the model before it are kept, so that a rollback finds its own again.
+head is kept, and of the models that ran before the head of the latest one that has any, so that a rollback finds its
+own again. Who ran when is told by the participant's durable state, never by the times of files: the last head to be
+written may be that of a model long gone, and clocks jump.
 """
 
 from __future__ import annotations
@@ -18,12 +20,10 @@ from edgepriv.federated import head
 from edgepriv.wire.update import decode_update
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
-
-KEPT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +60,24 @@ class Heads:
         """Make global weights that hold a head the ones of this model, durably."""
         files.replace(self._path(model), raw)
 
-    def drop_others(self, model: bytes) -> int:
-        """Delete what is neither this model's nor the newest beside it; returns how many heads went."""
-        others = [path for path in self._folder.glob("head*.epu") if path != self._path(model)]
-        unbound = [path for path in others if "-" not in path.name]  # of an earlier release: nobody knows whose it is
-        bound = sorted((p for p in others if p not in unbound), key=lambda path: path.stat().st_mtime_ns)
-        old = [*unbound, *bound[: len(bound) - (KEPT - 1)]]
-        for path in old:
+    def drop_others(self, model: bytes, ran: Iterable[bytes]) -> int:
+        """Delete what is neither this model's head nor the first to be found of those that ran before.
+
+        Args:
+            model: SHA-256 of the running model.
+            ran: the models that ran before it, the latest first; where it is empty nobody knows, and only a head that
+                names no model (of an earlier release) goes.
+
+        Returns:
+            How many heads went.
+        """
+        others = {path for path in self._folder.glob("head*.epu") if path != self._path(model)}
+        earlier = [self._path(one) for one in ran]
+        kept = {path for path in others if "-" in path.name} if not earlier else set()
+        kept |= set([path for path in earlier if path in others][:1])
+        for path in others - kept:
             path.unlink(missing_ok=True)
-        return len(old)
+        return len(others - kept)
 
     def _path(self, model: bytes) -> Path:
         return self._folder / f"head-{model.hex()}.epu"

@@ -267,7 +267,7 @@ class Learner:
                 self._set_aside("another model runs now")
             self._carry_out(self.participant.model_changed(model))
             self._use_head()
-        if gone := self._heads.drop_others(model):
+        if gone := self._heads.drop_others(model, self.participant.ran):
             log.warning("%d heads of models that ran before are deleted", gone)
 
     def _set_aside(self, reason: str) -> None:
@@ -370,6 +370,6 @@ class Learner:
             return
         if model != running or ended.adopt != self.head_digest:
             self._heads.keep(model, raw)
-            self._heads.drop_others(running)
+            self._heads.drop_others(running, self.participant.ran)
         if model == running:
             self._use_head()

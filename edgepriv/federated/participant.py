@@ -55,6 +55,7 @@ STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")
 EXPIRES_AFTER_DEADLINE_S = 60.0
 MAX_MODEL_BYTES = 512 << 20
 ROUNDS_REMEMBERED = 8  # of which it is known what model ran when they were announced
+MODELS_REMEMBERED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +162,7 @@ class Participant:
         self._answer: Send | None = None
         self._uploads: dict[int, int] = {}  # round of an upload -> last round that may take it
         self._announced: dict[int, bytes] = {}  # round -> the model that ran when it was announced
+        self.ran: tuple[bytes, ...] = ()  # models that ran before this one, the latest first
         self._counted = -1
         self.dirty = False
         self.counters = {"joined": 0, "declined": 0, "uploaded": 0, "done": 0, "aborted": 0, "refused": 0}
@@ -177,6 +179,7 @@ class Participant:
             "last": self._last_round,
             "ledger": self.ledger.rows(),
             "model": self.model,
+            "ran": list(self.ran),
             "announced": [list(row) for row in self._announced.items()],
             "uploads": [list(row) for row in self._uploads.items()],
         }
@@ -187,6 +190,7 @@ class Participant:
         self._last_round = int(body["last"])
         self.ledger = Ledger.from_rows(body["ledger"])
         self.model = body.get("model", b"")
+        self.ran = tuple(body.get("ran", ()))
         self._announced = dict(body.get("announced", ()))
         self._uploads = dict(body.get("uploads", ()))
 
@@ -252,6 +256,8 @@ class Participant:
         """
         if model == self.model:
             return []
+        earlier = [one for one in (self.model, *self.ran) if one not in (model, b"")]
+        self.ran = tuple(dict.fromkeys(earlier))[:MODELS_REMEMBERED]
         self.model, self.feedback, self.dirty = model, {}, True
         running = self._running
         left = [] if running is None or running.uploaded else self._sit_out(running, "another model runs now")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -336,6 +337,36 @@ def test_two_heads_are_kept_and_one_of_an_earlier_release_whose_model_nobody_kno
     ]
     device.switch(OLD)
     assert device.answers is None
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("clock", ["forward", "back"])
+def test_the_head_of_the_model_that_ran_before_is_kept_whichever_was_written_last(device, clock, restart):
+    broken = b"3" * 32
+    _round(device, 1, 5.0)
+    device.switch(NEW)
+    _round(device, 2, 7.0)
+    age = 1e9 if clock == "forward" else -1e9
+    os.utime(device.state / HEAD_FILE, (2e9 - age, 2e9 - age))
+    for model in (OLD, broken, OLD):
+        device.switch(model)
+        if restart:
+            device.start()
+    assert device.answers == 5.0
+
+
+def test_a_model_without_a_head_of_its_own_does_not_cost_the_one_before_it_its_head(device):
+    _round(device, 1, 5.0)
+    for model in (NEW, b"3" * 32, OLD):
+        device.switch(model)
+    assert device.answers == 5.0
+
+
+def test_a_state_that_does_not_say_what_ran_before_costs_no_head(device):
+    (device.state / f"head-{NEW.hex()}.epu").write_bytes(_head(7.0))
+    device.start()
+    device.switch(NEW)
+    assert device.answers == 7.0
 
 
 def test_a_round_without_an_upload_is_left_when_the_model_changes(device):
