@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from edgepriv.errors import EdgeprivError, TrustError, WireError
 from edgepriv.wire import cbor
 from edgepriv.wire.messages import Fetch, Notice, Query, Reply
-from gateway import outputs, round_audits
+from gateway import outputs, query_args, round_audits
 from gateway.store import store_failed
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Desk:
             return Reply(query.id, ok=False, body={"error": f"a {role} cannot ask for {query.what[:40]!r}"})
         try:
             return Reply(query.id, ok=True, body=answer(session, role, query.args, now))
-        except (EdgeprivError, TypeError, ValueError, KeyError) as error:
+        except (EdgeprivError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
             if store_failed(error):
                 raise  # no answer: the whole batch is done again when the store is back
             text = str(error) if isinstance(error, EdgeprivError) else "the query's arguments are not valid"
@@ -129,14 +129,13 @@ class Desk:
 
     def _frames(self, session: Session, _role: str, args: dict[str, Any], now: float) -> Any:
         key_id = self._roster.party(session.party, now).key_id
-        limit = min(max(int(args.get("limit", 100)), 1), MAX_LISTED)
-        device = args.get("device")
+        limit = min(max(query_args.whole(args, "limit", 100), 1), MAX_LISTED)
         rows = self._store.frames_for(
             key_id,
-            after=int(args.get("after", 0)),
+            after=query_args.whole(args, "after", 0),
             limit=limit,
-            party=str(device) if device is not None else None,
-            since=float(args.get("since", 0.0)),
+            party=query_args.text(args, "device") if args.get("device") is not None else None,
+            since=query_args.number(args, "since", 0.0),
         )
         listed = [
             {
@@ -148,7 +147,7 @@ class Desk:
         return {"frames": listed, "more": len(rows) == limit}
 
     def _epoch(self, session: Session, _role: str, args: dict[str, Any], now: float) -> Any:
-        row = self._store.epoch_by_digest(bytes(args["digest"]))
+        row = self._store.epoch_by_digest(query_args.raw(args, "digest"))
         if row is None or row.closed:
             raise WireError("no such epoch record")
         key_id = self._roster.party(session.party, now).key_id
@@ -167,19 +166,20 @@ class Desk:
         return {"models": self._models.offers(session.party, role, now)}
 
     def _verdict(self, session: Session, _role: str, args: dict[str, Any], now: float) -> Any:
-        return self._models.take_verdict(bytes(args["verdict"]), session.party, now)
+        return self._models.take_verdict(query_args.raw(args, "verdict"), session.party, now)
 
     def _windows(self, _session: Session, _role: str, args: dict[str, Any], now: float) -> Any:
-        since = float(args.get("since", now - DAY_S))
+        since = query_args.number(args, "since", now - DAY_S)
         database = self._store.database
         return {"windows": outputs.recent(database, since=since), "models": outputs.by_model(database, since=since)}
 
     def _rounds(self, _session: Session, _role: str, args: dict[str, Any], _now: float) -> Any:
-        after = int(args.get("after", -1))
+        after = query_args.whole(args, "after", -1)
         return {"rounds": round_audits.waiting(self._store.database, self.weights, after=after)}
 
     def _report(self, session: Session, role: str, args: dict[str, Any], now: float) -> Any:
-        kind, subject, report = str(args["kind"]), str(args["subject"]), args["report"]
+        kind, subject = query_args.text(args, "kind"), query_args.text(args, "subject")
+        report = query_args.table(args, "report")
         if role == "device":
             if kind != "model" or type(report.get("good")) is not bool:
                 raise WireError("a device reports on models, good or not")
@@ -187,7 +187,7 @@ class Desk:
             self._models.take_report(digest, session.party, good=report["good"], reason=reason, now=now)
             return {"accepted": True}
         raw = cbor.encode(report)
-        if kind not in REPORT_KINDS or len(subject) > 64 or not isinstance(report, dict) or len(raw) > MAX_REPORT_BYTES:
+        if kind not in REPORT_KINDS or len(subject) > 64 or len(raw) > MAX_REPORT_BYTES:
             raise WireError("a report of an unknown kind, or too large")
         round_audits.keep(self._store.database, kind, subject, session.party, now, raw)
         return {"accepted": True}

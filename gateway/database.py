@@ -3,16 +3,26 @@
 Rules: SQLite runs in WAL with ``synchronous=FULL``, so a committed transaction survives a power cut; PostgreSQL keeps
 its own default (``synchronous_commit=on``). A statement is written once, in the dialect that both share; types are
 named in SQLite's words and translated. Nothing outside this file knows which database it talks to.
+A value that no column holds is refused before it is sent (WireError): it is its sender's mistake, which another attempt
+would only repeat, and PostgreSQL would drop the whole transaction for it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import sqlite3
 import threading
 from typing import TYPE_CHECKING, Any, Protocol
 
-from edgepriv.errors import ConfigError, MissingDependencyError, StorageFullError, TemporaryError, UnavailableError
+from edgepriv.errors import (
+    ConfigError,
+    MissingDependencyError,
+    StorageFullError,
+    TemporaryError,
+    UnavailableError,
+    WireError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -66,6 +76,16 @@ class Database(Protocol):
         ...
 
 
+def _fitting(params: Sequence[Any]) -> Sequence[Any]:
+    """The parameters of a statement; WireError where one is in no column's range."""
+    for value in params:
+        if (isinstance(value, int) and not -(1 << 63) <= value < 1 << 63) or (
+            (isinstance(value, float) and not math.isfinite(value)) or (isinstance(value, str) and "\x00" in value)
+        ):
+            raise WireError("a value is out of the range that the store holds")
+    return params
+
+
 class SqliteDatabase:
     """SQLite in one file; one connection, usable from any thread, one statement at a time."""
 
@@ -96,17 +116,17 @@ class SqliteDatabase:
     def execute(self, sql: str, params: Sequence[Any] = ()) -> int:
         """See Database."""
         with self._lock, _sqlite_errors():
-            return self._db.execute(sql, params).rowcount
+            return self._db.execute(sql, _fitting(params)).rowcount
 
     def executemany(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
         """See Database."""
         with self._lock, _sqlite_errors():
-            self._db.executemany(sql, rows)
+            self._db.executemany(sql, [_fitting(row) for row in rows])
 
     def query(self, sql: str, params: Sequence[Any] = ()) -> list[Row]:
         """See Database."""
         with self._lock, _sqlite_errors():
-            return self._db.execute(sql, params).fetchall()
+            return self._db.execute(sql, _fitting(params)).fetchall()
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
@@ -200,7 +220,7 @@ class PostgresDatabase:
     def _run(self, sql: str, params: Sequence[Any]) -> Any:
         with self._lock, self._errors():
             self._reconnect()
-            return self._db.execute(_placeholders(sql), params)
+            return self._db.execute(_placeholders(sql), _fitting(params))
 
     def _reconnect(self) -> None:
         """A server that was there once and is away now is a matter of time, not of the configuration."""
@@ -218,6 +238,8 @@ class PostgresDatabase:
             raise StorageFullError("PostgreSQL's disk is full", hint="free space on its server") from error
         except self._psycopg.OperationalError as error:
             raise TemporaryError("PostgreSQL did not answer") from error
+        except self._psycopg.DataError as error:
+            raise WireError("a value is out of the range that the store holds") from error
         except self._psycopg.Error as error:
             raise TemporaryError(f"PostgreSQL refused a statement: {type(error).__name__}") from error
 
@@ -230,7 +252,7 @@ class PostgresDatabase:
         with self._lock, self._errors():
             self._reconnect()
             with self._db.cursor() as cursor:
-                cursor.executemany(_placeholders(sql), list(rows))
+                cursor.executemany(_placeholders(sql), [_fitting(row) for row in rows])
 
     def query(self, sql: str, params: Sequence[Any] = ()) -> list[Row]:
         """See Database."""

@@ -176,8 +176,9 @@ class Ingest:
 
     def _dispatch(self, body: Any, session: Session, role: str, raw: bytes, now: float) -> tuple[str, str]:
         if isinstance(body, Query):
-            self._reply(session.party, self._answers.query(session, role, body, now))
-            return "answered", ""
+            answer = self._answers.query(session, role, body, now)
+            self._reply(session.party, answer)
+            return ("answered", "") if answer.ok else ("refused", "query")
         if isinstance(body, Fetch):
             return self._fetch(session, role, body, now)
         partial = isinstance(body, Offer) and body.what == PARTIAL

@@ -50,6 +50,7 @@ OFFERED, HALTED, TO_JUDGE, HELD = "offered", "halted", "only to be judged", "hel
 VERDICT_USE = "verdict"
 GOOD_VERDICT = "low leakage"
 MAX_VERDICT_BYTES = 64 << 10
+MOST_NUMBER = 1 << 53
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,8 @@ def read_verdict(raw: bytes, roster: Roster, sender: str, now: float) -> Verdict
     wanted = {"model": bytes, "verdict": str, "policy": str, "serial": int, "issued": int, "expires": int}
     if any(type(fields.get(name)) is not kind for name, kind in wanted.items()) or len(fields["model"]) != 32:
         raise WireError("a verdict lacks a field")
+    if any(not 0 <= fields[name] <= MOST_NUMBER for name in ("serial", "issued", "expires")):
+        raise WireError("a verdict's serial or time is out of range")
     return Verdict(**{name: fields[name] for name in wanted})
 
 

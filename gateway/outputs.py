@@ -1,9 +1,10 @@
 """Released outputs become counts: per device, model, class and time window.
 
 What is counted. Classification: the class with the best score (the first one on a tie), once for each output, and its
-score where the policy releases one. Detection: each object (``counts`` rows count as many as they say). Regression:
-class 0, the value as the score. An output without rows counts under class ``NONE``. ``bits`` adds what each output may
-have revealed at most, on the first class counted. ``rate_per_s`` is count over the window's seconds.
+score where the policy releases one. Detection: each object (``counts`` rows count as many as they say, up to
+`MAX_COUNT`). Regression: class 0, the value as the score. An output without rows counts under class ``NONE``. ``bits``
+adds what each output may have revealed at most, on the first class counted. ``rate_per_s`` is count over the window's
+seconds.
 A window is published (MQTT, webhook) once it is over, and again if something late changes it: consumers replace by
 (device, model, class, start). Windows are by the device's time of capture, held within a day of the gateway's clock.
 The risk service compares bytes and not names: for it the same counts are kept by the digest of the model that ran, by
@@ -26,6 +27,7 @@ SCHEMA = "edgepriv.windows/1"
 MAX_SKEW_S = 86_400.0
 MAX_PUBLISHED = 500
 MAX_RECENT = 2000
+MAX_COUNT = 1 << 20  # what one row may add, so that no device brings a window's sum out of a column's range
 BY = {"device": "party", "model": "model", "class": "class", "window": "start"}
 
 _UPSERT = """INSERT INTO windows (party, model, class, start, seconds, count, scored, score_sum, bits, dirty)
@@ -57,7 +59,7 @@ def count_output(output: Output) -> list[Counted]:
     if output.task == "detect":
         totals: dict[int, int] = {}
         for row in rows:
-            totals[row[0]] = totals.get(row[0], 0) + (max(row[1], 0) if len(row) == 2 else 1)
+            totals[row[0]] = totals.get(row[0], 0) + (min(max(row[1], 0), MAX_COUNT) if len(row) == 2 else 1)
         return [Counted(label, count, 0, 0.0) for label, count in sorted(totals.items())]
     if output.task == "regress":
         return [Counted(row[0], 1, 1, row[1] * _step(output.policy) / scale) for row in rows if len(row) > 1]

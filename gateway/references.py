@@ -14,6 +14,7 @@ from edgepriv.errors import ConfigError, DataError, EdgeprivError, RefusedError,
 from edgepriv.federated.layout import Layout
 from edgepriv.wire.reference import Reference, read_reference
 from edgepriv.wire.update import decode_update
+from gateway import query_args
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -89,9 +90,10 @@ class References:
         if not args:
             head = self._rounds.newest_head()
             return {k: head[k] for k in ("digest", "size", "model") if k in head}
-        if self._read(bytes(args["statement"]), now).sender != session.party:
+        statement = query_args.raw(args, "statement")
+        if self._read(statement, now).sender != session.party:
             raise TrustError("a reference of another party")
-        return self.add(bytes(args["statement"]), bytes(args["update"]), now)
+        return self.add(statement, query_args.raw(args, "update"), now)
 
     def _read(self, statement: bytes, now: float) -> Reference:
         return read_reference(statement, self._rounds.trust, senders=self.senders, now=now)

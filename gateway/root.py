@@ -15,6 +15,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from edgepriv.errors import ConfigError, TrustError
+from gateway import query_args
 from gateway.parted import PartedRound
 from gateway.round_device import plain
 from gateway.round_plan import RoundPlan
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from gateway.sessions import Session
 
 QUESTION = "shard-round"
+MOST_USED = 1 << 40  # a shard says no higher number of its own than this, so that numbers never run out
 # what every shard decides for itself
 OWN = {"cohort", "publish", "part", "reference", "reference_by", "population", "quorum", "max_epsilon"}
 RESULT = ("participants", "privacy", "epsilon", "delta")
@@ -53,7 +55,8 @@ class Root:
         name = session.party
         if name not in self.shards:
             raise TrustError(f"{name} is not a shard of this gateway")
-        self.highest = max(self.highest, int(args.get("last", 0)))
+        most = max(MOST_USED, self._rounds.last_number())
+        self.highest = max(self.highest, query_args.whole(args, "last", 0, least=0, most=most))
         parent = self.current()
         if parent:
             self._note(parent, name, args, now)
