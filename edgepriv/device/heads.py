@@ -8,6 +8,7 @@ written may be that of a model long gone, and clocks jump.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,7 @@ class Heads:
         self._folder, self._max_bytes = folder, max_bytes
 
     def of(self, model: bytes) -> Head | None:
-        """The head of a model; a file that is none is deleted."""
+        """The head of a model; a file that is none is deleted, where the disk lets it."""
         path = self._path(model)
         if not path.is_file():
             return None
@@ -52,7 +53,8 @@ class Heads:
         except WireError:
             tensors = {}
         if not tensors:
-            path.unlink()
+            with contextlib.suppress(OSError):
+                path.unlink()
             return None
         return Head(tensors, hashlib.sha256(raw).digest(), path)
 

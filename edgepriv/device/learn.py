@@ -7,6 +7,8 @@ another trainer. Every update of a clear round passes `edgepriv.federated.self_c
 it is encoded; the outcome is a counter, its figures stay on the device.
 
 A head that rounds bring serves the model whose features it was trained over and no other (`edgepriv.device.heads`).
+When another model runs, that holds at once, in memory; the disk follows. What a full disk does not take (the state of
+rounds, uploads that are withdrawn) is kept and tried again by `Learner.step`, and no message leaves that rests on it.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import numpy as np
 from edgepriv import files
 from edgepriv.device.config import SelfCheckConfig
 from edgepriv.device.heads import Heads, head_of
-from edgepriv.errors import DataError, RefusedError, WireError
+from edgepriv.errors import DataError, RefusedError, StorageFullError, WireError
 from edgepriv.federated import head
 from edgepriv.federated.head_leakage import affordable
 from edgepriv.federated.lineage import named_models
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 UNLABELLED_KEPT = 500
+RETRY_S = 10.0
 
 
 class Samples:
@@ -116,7 +119,8 @@ class Samples:
 class Learner:
     """Joins rounds, trains and adopts new heads. The runtime carries out what it asks for.
 
-    ``model``: SHA-256 of the model that runs; `model_changed` names another.
+    ``model``: SHA-256 of the model that runs; `model_changed` names another. ``metas``: what the offer of a round's
+    upload says; None for an upload that must not be offered any more.
     """
 
     def __init__(
@@ -132,7 +136,7 @@ class Learner:
         drop_upload: Callable[[int], None],
         model: bytes,
         trainable: tuple[str, ...],
-        metas: dict[int, dict[str, Any]],
+        metas: dict[int, dict[str, Any] | None],
         trainer: Trainer | None = None,
         check: SelfCheckConfig | None = None,
     ) -> None:
@@ -162,9 +166,15 @@ class Learner:
         self._fetch: FetchModel | None = None
         self._adopt: EndRound | None = None
         self._newest = b""  # of the objects in the fetcher's folder, the only one that stays
+        self._to_drop: set[int] = set()  # rounds whose uploads are still to go from the spool
+        self._untidy = True  # heads that nobody needs may lie on the disk
+        self._tried = float("-inf")
         fetcher.forget(set())  # what an earlier process left there
         self._use_head()
-        self._switch(model)  # where another model was installed since the last process
+        try:
+            self._switch(model)  # where another model was installed since the last process
+        except (OSError, StorageFullError) as error:  # `step` tries again, and raises what does not pass
+            log.warning("what rounds left is not tidied up yet: %s", error)
 
     @property
     def _state_file(self) -> Path:
@@ -247,38 +257,53 @@ class Learner:
     def step(self, now: float) -> None:
         """Once a step of the runtime: labels, downloads and deadlines."""
         self.samples.read_labels()
-        self._carry_out(self.participant.tick(now))
+        if (self._to_drop or self._untidy or self.participant.dirty) and abs(now - self._tried) >= RETRY_S:
+            self._tried = now
+            self._settle()
+        if actions := self.participant.tick(now):
+            self._carry_out(actions)
         if self._fetch is not None:
             self._pull_base(self._fetch)
         if self._adopt is not None:
             self._pull_result(self._adopt)
 
     def model_changed(self, trainable: tuple[str, ...], model: bytes) -> None:
-        """Another model runs from now on: its features have nothing to do with those that were kept."""
+        """Another model runs from now on: its features have nothing to do with those that were kept.
+
+        Raises:
+            OSError: the disk did not take the new state. What serves has changed all the same; `step` tries again.
+            StorageFullError: the same of the spool.
+        """
         self.samples.clear()
         policy = replace(self.participant.policy, trainable=trainable or ("head.*",))
         self.participant.policy = policy
         self._switch(model)
 
     def _switch(self, model: bytes) -> None:
-        """Serve the head of this model, and of the rounds leave what was made over another one."""
+        """Serve the head of this model, and then, on the disk too, leave what rounds made over another one."""
+        actions: list[Action] = []
         if model != self.participant.model:
-            if self.head is not None:
-                self._set_aside("another model runs now")
-            self._carry_out(self.participant.model_changed(model))
+            had = self.head is not None
+            actions = self.participant.model_changed(model)
             self._use_head()
-        if gone := self._heads.drop_others(model, self.participant.ran):
-            log.warning("%d heads of models that ran before are deleted", gone)
+            if self.head is not None:
+                log.info("another model runs now, with the head that rounds brought for it before")
+            elif had:
+                self._set_aside("another model runs now")
+        self._untidy = True
+        self._carry_out(actions)
 
     def _set_aside(self, reason: str) -> None:
         self.counters["heads_set_aside"] += 1
-        log.warning("a head from federated rounds is not used: %s; the next round brings this model's", reason)
+        hope = "" if self.head is not None else "; the next round over this model brings its own"
+        log.warning("a head from federated rounds is not used: %s%s", reason, hope)
 
     def _use_head(self) -> None:
-        """Serve the running model's head, if it has one."""
+        """Serve the running model's head, if it has one; whatever goes wrong, no other model's."""
+        self.head, self.head_digest, self._head_file = None, b"", self._state
         found = self._heads.of(self.participant.model)
-        self.head, self.head_digest = (found.tensors, found.digest) if found else (None, b"")
-        self._head_file = found.path if found else self._state
+        if found is not None:
+            self.head, self.head_digest, self._head_file = found.tensors, found.digest, found.path
 
     def _pull_base(self, fetch: FetchModel) -> None:
         try:
@@ -319,10 +344,10 @@ class Learner:
         self._newest = digest if digest != self.head_digest else b""
 
     def _carry_out(self, actions: list[Action]) -> None:
-        for action in actions:
-            if isinstance(action, EndRound):  # before the state forgets what a crash would leave in the spool
-                self._drop(action.drop)
-        self._save()
+        for number in (number for action in actions if isinstance(action, EndRound) for number in action.drop):
+            self._to_drop.add(number)
+            self.metas[number] = None
+        self._settle()
         for action in actions:
             match action:
                 case Send(message):
@@ -341,10 +366,18 @@ class Learner:
                             self._fetcher.drop(self._adopt.adopt)
                         self._adopt = action
 
-    def _drop(self, numbers: tuple[int, ...]) -> None:
-        for number in numbers:
+    def _settle(self) -> None:
+        """Bring to the disk what was decided; what it does not take is raised, and stays for the next time."""
+        for number in sorted(self._to_drop):  # before the state forgets what a crash would leave in the spool
             self._drop_upload(number)
             self.metas.pop(number, None)
+            self._to_drop.discard(number)
+        if self.participant.dirty:
+            self._save()
+        if self._untidy:
+            if gone := self._heads.drop_others(self.participant.model, self.participant.ran):
+                log.warning("%d heads of models that ran before are deleted", gone)
+            self._untidy = False
 
     def _stop_pull(self) -> None:
         """The base is wanted no longer; what was pulled of it goes, unless it is a result that is to be adopted."""
@@ -353,8 +386,9 @@ class Learner:
             self._fetcher.drop(fetch.digest)
 
     def _save(self) -> None:
-        if self.participant.dirty:
-            files.replace(self._state_file, self.participant.state(), mode=0o600)
+        state, self.participant.dirty = self.participant.state(), True
+        files.replace(self._state_file, state, mode=0o600)
+        self.participant.dirty = False
 
     def _adopt_head(self, raw: bytes, ended: EndRound) -> None:
         """Keep the head in a round's weights for the model that the round was over (WireError: one that is no head)."""
@@ -370,6 +404,7 @@ class Learner:
             return
         if model != running or ended.adopt != self.head_digest:
             self._heads.keep(model, raw)
-            self._heads.drop_others(running, self.participant.ran)
+            self._untidy = True
         if model == running:
             self._use_head()
+        self._settle()

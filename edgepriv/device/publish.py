@@ -45,7 +45,7 @@ class _Upload:
 
 
 class Publisher:
-    """Sends what the spool holds. ``meta`` gives the offer's meta map of an update's round."""
+    """Sends what the spool holds. ``meta`` gives the offer's meta map of a round's update, or None: it stays here."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Publisher:
         *,
         party: str,
         shard: int,
-        meta: Callable[[int], dict[str, Any]],
+        meta: Callable[[int], dict[str, Any] | None],
     ) -> None:
         self._spool, self._link, self._session, self._meta = spool, link, session, meta
         self._epoch_topic, self._topic = topics.up(party, shard, "epoch"), topics.up(party, shard, "msg")
@@ -159,6 +159,8 @@ class Publisher:
             return True
         size = chunk_bytes_for(self._link.max_packet_bytes)
         meta = self._meta(item.round) if item.kind == "update" else {}
+        if meta is None:  # withdrawn, and the disk was too full to forget it
+            return True
         offer = Offer(ref, item.kind, item.size, size, item.digest, item.round, now + 3600.0, meta)
         if not self.send_message(offer):
             return False

@@ -8,6 +8,7 @@ stop the device (no trust, no key, no model) is raised.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import logging
@@ -30,7 +31,7 @@ from edgepriv.wire import messages, topics
 from edgepriv.wire.messages import Ack, Chunk, Grant, Notice, Reply, RoundMessage, Status
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from edgepriv.device.capture import Frame, FrameSource
     from edgepriv.device.config import DeviceConfig
@@ -109,32 +110,38 @@ class DeviceRuntime:
 
     def _learn(self, now: float) -> None:
         """Downloads and rounds; a full disk costs this device its part in a round and nothing else."""
-        try:
-            if self.stages.learner is not None:
-                self.stages.learner.step(now)
-            if self.stages.trust is not None:
-                self.stages.trust.step()
+        if (learner := self.stages.learner) is not None:
+            with self._spared():
+                learner.step(now)
+        if (trust := self.stages.trust) is not None:
+            with self._spared():
+                trust.step()
+        with self._spared():
             self.stages.fetcher.step(now)
-        except OSError as error:
-            self._disk(error)
 
     def _keep_model(self, now: float) -> None:
         """Which model may run now: an expired permission closes the session, a delivery replaces it."""
         keeper = self.stages.keeper
         if keeper is None:
             return
-        try:
+        with self._spared():
             keeper.step(now)
-        except OSError as error:
-            self._disk(error)
         if self.stages.learner is not None and keeper.inferer.digest != self.stages.inferer.digest:
-            self.stages.learner.model_changed(keeper.inferer.spec.trainable, keeper.inferer.digest)
+            with self._spared():
+                self.stages.learner.model_changed(keeper.inferer.spec.trainable, keeper.inferer.digest)
         self.stages.inferer = keeper.inferer
 
-    def _disk(self, error: OSError) -> None:
-        if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
-            raise error
-        self._reject("rejected_storage", error)
+    @contextlib.contextmanager
+    def _spared(self) -> Iterator[None]:
+        """A full disk is counted here and ends nothing: what it did not take comes again. Other errors are raised."""
+        try:
+            yield
+        except StorageFullError as error:
+            self._reject("rejected_storage", error)
+        except OSError as error:
+            if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+                raise
+            self._reject("rejected_storage", error)
 
     # --- a frame's way ------------------------------------------------------------------------------------
 
@@ -254,9 +261,8 @@ class DeviceRuntime:
         inbound = self.stages.link.receive()
         for packet in inbound:
             try:
-                self._dispatch(self._open(packet), now)
-            except OSError as error:  # a chunk or a round's state that the disk did not take: it comes again
-                self._disk(error)
+                with self._spared():  # a chunk or a round's state that the disk did not take comes again
+                    self._dispatch(self._open(packet), now)
             except ReplayError:
                 self.counters["down_replayed"] += 1
             except AuthenticationError:
@@ -349,9 +355,9 @@ class DeviceRuntime:
             self._reject("rejected_storage", error)
 
     def drop_upload(self, number: int) -> None:
-        """Forget a round's upload that will not be needed."""
+        """Forget a round's upload that will not be needed (StorageFullError: it is still there)."""
         self.stages.spool.remove_round(number)
-        self.stages.spool.commit()
+        self._make_durable()
 
 
 def _version() -> str:

@@ -96,7 +96,7 @@ def assemble(
     spool = Spool(state / "spool", max_bytes=max_bytes, max_rows=config.spool.max_rows, drop=config.spool.drop)
     link = link or broker_link(config.broker, identity.name)
     sealer = _sealer(config, identity, trust, spool, clock)
-    metas: dict[int, dict[str, Any]] = {}
+    metas: dict[int, dict[str, Any] | None] = {}
     publisher = Publisher(
         spool,
         link,
@@ -215,7 +215,7 @@ def _learner(
     identity: keys.Identity,
     trust: TrustList,
     runtime: DeviceRuntime,
-    metas: dict[int, dict[str, Any]],
+    metas: dict[int, dict[str, Any] | None],
 ) -> Learner:
     return Learner(
         identity,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -263,7 +264,8 @@ def test_features_of_another_width_are_another_models(device):
 def test_a_new_model_forgets_the_features_of_the_old_one_and_brings_its_own_trainable_tensors(device):
     old, new = (SimpleNamespace(digest=d, spec=SimpleNamespace(trainable=t)) for d, t in ((OLD, ()), (NEW, ("x.*",))))
     keeper = SimpleNamespace(step=lambda now: None, inferer=old)
-    runtime = SimpleNamespace(stages=SimpleNamespace(keeper=keeper, learner=device.learner, inferer=old))
+    stages = SimpleNamespace(keeper=keeper, learner=device.learner, inferer=old)
+    runtime = SimpleNamespace(stages=stages, _spared=contextlib.nullcontext)
     assert device.learner.participant.model == OLD
     DeviceRuntime._keep_model(runtime, 1.0)
     assert len(device.learner.samples) == 6
@@ -294,22 +296,27 @@ def _round(device, number, value, **changes):
     device.step()
 
 
-def test_a_head_serves_no_other_model_of_the_same_width_and_the_next_round_brings_that_models_own(device):
+def test_a_head_serves_no_other_model_of_the_same_width_and_the_next_round_brings_that_models_own(device, caplog):
     _round(device, 1, 5.0)
     assert device.answers == 5.0
     device.switch(NEW)
     assert device.answers is None
     assert device.learner.counters["heads_set_aside"] == 1
+    assert "the next round over this model brings its own" in caplog.text
     _round(device, 2, 7.0)
     assert device.answers == 7.0
 
 
-def test_after_a_rollback_the_earlier_models_head_serves_again_also_over_a_restart(device):
+def test_after_a_rollback_the_earlier_models_head_serves_again_also_over_a_restart(device, caplog):
     _round(device, 1, 5.0)
     device.switch(NEW)
     _round(device, 2, 7.0)
+    assert device.learner.counters["heads_set_aside"] == 1
+    caplog.clear()
     device.switch(OLD)
     assert device.answers == 5.0
+    assert device.learner.counters["heads_set_aside"] == 1, "this model's own head serves: nothing is missing"
+    assert "is not used" not in caplog.text
     device.start()
     assert device.answers == 5.0
     device.model = NEW
