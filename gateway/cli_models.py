@@ -40,7 +40,11 @@ def models_add(config_path: Path, as_json: bool, file: Path, name: str, version:
     if document.get("unchanged"):
         lines.append(f"it was here already ({document['state']}): state, rollout and verdict are as they were")
     elif document.get("held"):
-        lines.append("held: another version is offered; edgepriv-gateway models rollout offers this one")
+        lines.append("held: it is not the first of its id; edgepriv-gateway models rollout offers it")
+    elif document.get("state") in {"halted", "rolled back"}:
+        lines.append(
+            f"{document['state']}, like what was here of this version; edgepriv-gateway models offer offers it"
+        )
     show(document, as_json, lines)
 
 

@@ -8,7 +8,8 @@ device checks the verdict again: the gateway is not trusted with this, it only d
 
 A rollout (`gateway.rollout`) offers a model to a growing share of the devices and halts by itself when too many report
 a failure; a model without one is offered to all. The first version of an id is offered when it is added; a further one
-is held until its rollout begins, or `models offer` offers it to all. Rolling back withholds a version from everybody,
+is held until its rollout begins, or `models offer` offers it to all, also where those before it were halted; a fresh
+shipment of a version that was halted or rolled back stays so. Rolling back withholds a version from everybody,
 so that the newest earlier one that is on offer is theirs again; a device that has confirmed the newer version keeps it,
 because it takes no older one. An id and version name one set of bytes for ever: adding the same file again changes
 nothing, other bytes are refused, and so are known bytes under another name. Devices report with the query ``report``
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 
 KIND = "model"
 OFFERED, HALTED, TO_JUDGE, HELD = "offered", "halted", "only to be judged", "held until its rollout begins"
+ROLLED_BACK = "rolled back"
 VERDICT_USE = "verdict"
 GOOD_VERDICT = "low leakage"
 MAX_VERDICT_BYTES = 64 << 10
@@ -105,19 +107,16 @@ class Models:
     def add(self, path: Path, *, name: str, version: str, actor: str, now: float, only_judge: bool = False) -> bytes:
         """Take a model file into the store; returns its SHA-256. A protected one has a name and version of its own.
 
-        Where another version of it is offered this one is held, until its rollout begins. A file that is here already
-        under this name and version is left alone with its state, rollout and verdict.
+        Where anything else of this id is here, and not only to be judged, it is held until its rollout begins. A fresh
+        shipment of a version that was halted or rolled back is so, too. A file that is here already under this name
+        and version is left alone with its state, rollout and verdict.
 
         Raises:
             MissingFileError, DataError: nothing there, empty, damaged, a plain model without a name, bytes that are
                 here under another name, or a version that is here with other bytes.
             AuthenticationError: a protected model that is signed by nobody who may.
         """
-        if not path.is_file():
-            raise MissingFileError(f"no such model: {path}")
-        if not path.stat().st_size:
-            raise DataError(f"{path} is empty")
-        label, digest = self._label(path), files.sha256(path)
+        label, digest = self._read(path)
         if label is not None:
             name, version = name or label.name, version or str(label.version)
         if self._has(digest, name, version, now):
@@ -126,7 +125,7 @@ class Models:
             raise DataError(f"{path} does not say which model it is", hint="give --id")
         version = version or "1"
         self._free(name, version, label, now)
-        state = TO_JUDGE if only_judge else self._state_of_new(name, digest, now)
+        state = TO_JUDGE if only_judge else self._state_of_new(name, version, now)
         meta = {"version": version, "state": state, "verdict": b"", "risk": "", "rollout": {}}
         if label is not None:
             meta |= {"issuer": label.issuer, "runs": list(label.digests), "bundled": list(label.verdicts)}
@@ -157,13 +156,30 @@ class Models:
                 hint = "give it a --model-version of its own" if label is None else "publish it as the next version"
                 raise DataError(f"{name} {version} is here already with other bytes", hint=hint)
 
-    def _state_of_new(self, name: str, digest: bytes, now: float) -> str:
-        others = [m for m in self.listed(now) if m["id"] == name and m["digest"] != digest]
-        return HELD if any(m["state"] == OFFERED for m in others) else OFFERED
+    def _state_of_new(self, name: str, version: str, now: float) -> str:
+        """Offered where nothing else of this id was meant for devices; a version that was stopped stays so, too."""
+        others = [m for m in self.listed(now) if m["id"] == name and m["state"] != TO_JUDGE]
+        same = [m for m in others if m["version"] == version]
+        for stopped in (ROLLED_BACK, HALTED):
+            if any(m["state"] == stopped for m in same):
+                return stopped
+        if any(m["stage"] and not m["share"] for m in same):  # its rollout has halted by itself
+            return HALTED
+        return HELD if others else OFFERED
 
-    def _label(self, path: Path) -> Label | None:
-        with path.open("rb") as stream:
-            return read_label(stream, self._roster.model_issuers())
+    def _read(self, path: Path) -> tuple[Label | None, bytes]:
+        """Label and SHA-256 of a file; errors as `add`."""
+        try:
+            if not path.is_file():
+                raise MissingFileError(f"no such model: {path}")
+            if not path.stat().st_size:
+                raise DataError(f"{path} is empty")
+            with path.open("rb") as stream:
+                label = read_label(stream, self._roster.model_issuers())
+            return label, files.sha256(path)
+        except OSError as error:
+            hint = "the gateway's own user must be able to read it"
+            raise DataError(f"cannot read {path}: {error.strerror}", hint=hint) from None
 
     def listed(self, now: float) -> list[dict[str, Any]]:
         """All models with their state and verdict."""
@@ -334,7 +350,7 @@ class Models:
                 f"no version of {this['id']} before {this['version']} is on offer",
                 hint="edgepriv-gateway models halt withholds this one",
             )
-        self.set_state(digest, "rolled back", actor=actor, now=now)
+        self.set_state(digest, ROLLED_BACK, actor=actor, now=now)
         kept = offered[-1]
         return {"digest": digest, "offered": kept["digest"], "version": kept["version"], "share": kept["share"]}
 

@@ -20,6 +20,7 @@ from gateway.config import AlertsSection, load
 from gateway.judged import AT_RISK, AUDIT_WITHIN_S, CONTAINED, leaks, round_audits, style, unjudged
 from gateway.pages.figures import Figures
 from gateway.pages.formats import verdict as style_of_round
+from gateway.rollout import Plan
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -255,3 +256,20 @@ def test_a_renewed_delivery_of_a_version_is_held_and_nothing_else_takes_its_vers
     with pytest.raises(DataError, match="eye 1 is here already with other bytes") as refused:
         site.daemon.models.add(path, name="", version="", actor="op", now=site.now)
     assert "next version" in refused.value.hint
+
+
+@pytest.mark.parametrize(("stop", "state"), [("halt", "halted"), ("roll_back", "rolled back"), ("bad", "halted")])
+def test_a_fresh_shipment_of_a_version_that_was_stopped_stays_stopped(site, stop, state):
+    models, first = site.daemon.models, bytes.fromhex(shipped(site, site.maker.verdict())["digest"])
+    if stop == "bad":
+        models.begin_rollout(first, Plan(stages=(100,), min_failures=1), actor="op", now=site.now)
+        models.take_report(first, "dev-cam1", good=False, reason="slow", now=site.now)
+    elif stop == "halt":
+        models.halt(first, actor="op", now=site.now)
+    else:
+        models.set_state(first, state, actor="op", now=site.now)
+    again = shipped(site, site.maker.verdict(serial=2))
+    assert (again["state"], again["withheld"]) == (state, state)
+    models.offer_again(first, actor="op", now=site.now)
+    models.offer_again(bytes.fromhex(again["digest"]), actor="op", now=site.now)
+    assert "held" in shipped(site, site.maker.verdict(serial=3))["withheld"]

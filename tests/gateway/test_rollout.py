@@ -200,8 +200,40 @@ def test_a_further_version_is_held_until_its_rollout_begins(models):
     assert models.offered() == ["1", "2"]
     models.held.set_state(first, "halted", actor="op", now=models.site.now)
     models.held.set_state(second, "halted", actor="op", now=models.site.now)
+    third = models.add()
+    assert models.offered() == []  # nobody has said yet that it is better than those that were halted
+    assert "held" in models.state(third)
+    models.begin(third, Plan(stages=(100,)))
+    assert models.offered() == ["3"]
+
+
+@pytest.mark.parametrize("stop", ["halt", "roll_back", "failures"])
+def test_a_version_after_one_that_was_stopped_is_held_like_any_further_one(models, stop):
     models.add()
-    assert models.offered() == ["3"]  # nothing else is on offer
+    stopped = models.add()
+    models.begin(stopped, Plan(stages=(100,), min_failures=1))
+    if stop == "failures":
+        models.held.take_report(stopped, "dev-cam1", good=False, reason="slow", now=models.site.now)
+    else:
+        getattr(models.held, stop)(stopped, actor="op", now=models.site.now)
+    models.held.halt(models.digests[0], actor="op", now=models.site.now)
+    assert "held" in models.state(models.add())
+    assert models.offered() == []
+
+
+def test_a_model_that_was_only_to_be_judged_holds_nothing_back(models):
+    models.add(only_judge=True)
+    models.add()
+    assert models.offered() == ["2"]
+
+
+def test_a_model_that_cannot_be_read_is_one_refusal(models, monkeypatch):
+    def unreadable(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("pathlib.Path.is_file", unreadable)
+    with pytest.raises(EdgeprivError, match=r"cannot read .*m\.onnx: Permission denied"):
+        models.command("model-add", path=str(models.folder / "m.onnx"), name="eye", version="1")
 
 
 def test_an_operator_is_told_that_a_version_is_held_and_where_a_rollback_leads(models):
@@ -241,6 +273,7 @@ def test_a_rollback_with_nothing_to_go_back_to_changes_nothing(models):
     first = models.add()
     models.held.halt(first, actor="op", now=models.site.now)
     second = models.add()
+    models.begin(second, Plan(stages=(100,)))
     with pytest.raises(MissingFileError, match="on offer"):
         models.held.roll_back(second, actor="op", now=models.site.now)
     assert models.offered() == ["2"]
