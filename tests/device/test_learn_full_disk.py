@@ -14,7 +14,9 @@ from edgepriv import files
 from edgepriv.device.config import RoundsConfig, RunConfig
 from edgepriv.device.learn import RETRY_S
 from edgepriv.device.seal import SealedItem
-from edgepriv.wire import cbor
+from edgepriv.mqtt import Inbound
+from edgepriv.wire import cbor, messages, rounds, topics
+from edgepriv.wire.link import LinkSession
 from edgepriv.wire.messages import Offer
 from edgepriv.wire.update import encode_update
 
@@ -149,3 +151,23 @@ def test_a_device_that_starts_with_another_model_on_a_full_disk_starts_and_saves
     world.site.now += RETRY_S
     world.turn()
     assert (_saved(second)["model"], _saved(second)["ran"]) == (new, [old])
+
+
+def test_the_end_of_a_round_that_comes_while_the_spool_is_full_is_counted_and_tidied_up_later(world, disk):
+    device = _device(world)
+    world.run(until=lambda: device.counters["captured"] >= 3)
+    _with_a_head(device)
+    device.stages.learner.participant._uploads[ROUND] = ROUND
+    disk.fills(device)
+    disk.full = True
+    over = rounds.step_message(ROUND, "result", rounds.RoundResult("aborted", "the quorum is 9", b""))
+    topic, session = topics.down(device.name), device.stages.sealer.session
+    gateway = LinkSession(session._k_link, session.epoch_id, session.party, side="gateway")
+    device.stages.link.offer(Inbound(topic, gateway.seal(topic, messages.encode(over))))
+    device.step()
+    assert device.counters["rejected_storage"] >= 1
+    assert _updates(device) == [ROUND]
+    disk.full = False
+    world.site.now += RETRY_S
+    device.step()
+    assert (_updates(device), _saved(device)["uploads"]) == ([], [])
