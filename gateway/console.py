@@ -164,7 +164,7 @@ def ask_daemon(config: Config, action: str, args: dict[str, Any], timeout_s: flo
     """Hand a command to the daemon and wait for its result.
 
     Raises:
-        TemporaryError: it does not run (nothing was asked for then), or did not answer in time.
+        TemporaryError: it does not run (nothing was asked for then), or did not answer in time (`commands.wait`).
         EdgeprivError: it refused.
     """
     from gateway import commands
@@ -172,7 +172,7 @@ def ask_daemon(config: Config, action: str, args: dict[str, Any], timeout_s: flo
     if not is_running(config):
         _await_start(config, min(timeout_s, START_S))
     with opened_store(config) as store:
-        number = commands.submit(store, actor(), action, args, time.time())
+        number = commands.submit(store, actor(), action, args, time.time(), timeout_s=timeout_s)
         return commands.wait(store, number, timeout_s)
 
 

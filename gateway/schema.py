@@ -87,6 +87,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             count INTEGER NOT NULL, PRIMARY KEY (party, digest, class, start))""",
         "CREATE INDEX model_windows_by_start ON model_windows (start)",
     ),
+    ("ALTER TABLE commands ADD COLUMN expires REAL NOT NULL DEFAULT 0",),
 )
 
 

@@ -266,7 +266,8 @@ class Pages:
         """Ask the daemon; the answer, as text for the next page."""
         from urllib.parse import quote
 
-        number = commands.submit(self.store, f"page:{session.name}", command, args, time.time())
+        now, actor = time.time(), f"page:{session.name}"
+        number = commands.submit(self.store, actor, command, args, now, timeout_s=COMMAND_S)
         try:
             commands.wait(self.store, number, COMMAND_S)
         except EdgeprivError as error:

@@ -11,7 +11,7 @@ import time
 import pytest
 from gateway_site import Device, MemoryLink, Site, exchange
 
-from edgepriv.errors import ConfigError, EdgeprivError, MissingFileError, RefusedError, TrustError
+from edgepriv.errors import ConfigError, EdgeprivError, MissingFileError, RefusedError, TemporaryError, TrustError
 from gateway import commands, console
 from gateway.cli import root, run_tree
 from gateway.config import load
@@ -116,6 +116,120 @@ def test_a_command_is_carried_out_audited_and_a_refusal_reaches_who_asked(site):
         ("cli:ann", "erase"), ("cli:ann", "command-erase"), ("cli:ann", "command-round-start"),
         ("page:eve", "command-format-disk"),
     ]  # fmt: skip
+
+
+def _states(gateway):
+    return [state for (state,) in gateway.store.database.query("SELECT state FROM commands ORDER BY id")]
+
+
+def test_a_command_that_nobody_waits_for_any_more_is_refused_and_not_run(site):
+    gateway = site.gateway()
+    args = {"device": "dev-cam1", "before": site.now}
+    late = commands.submit(gateway.store, "cli:ann", "erase", args, site.now, timeout_s=20)
+    soon = commands.submit(gateway.store, "cli:ann", "erase", args, site.now + 10, timeout_s=20)
+    site.now += 21
+    gateway.step()
+    with pytest.raises(EdgeprivError, match="came too late"):
+        commands.wait(gateway.store, late, 1)
+    assert commands.wait(gateway.store, soon, 1)["frames"] == 0
+    audited = gateway.store.database.query("SELECT action FROM audit ORDER BY id")
+    assert audited == [("command-erase",), ("erase",), ("command-erase",)]
+
+
+def test_who_gives_up_waiting_takes_the_command_back_and_is_told_so(site):
+    gateway = site.gateway()
+    number = commands.submit(gateway.store, "cli:ann", "erase", {"device": "dev-cam1", "before": 0.0}, site.now)
+    with pytest.raises(TemporaryError, match="taken back, and nothing was done"):
+        commands.wait(gateway.store, number, 0.1)
+    site.now += 1
+    gateway.step()
+    assert gateway.store.database.query("SELECT action FROM audit") == []
+
+
+@pytest.mark.parametrize("second", ["erase", "round-stop"])
+def test_a_command_that_is_taken_back_while_the_one_before_it_runs_is_not_run(site, second):
+    gateway = site.gateway()
+
+    def slow(args, actor, now):
+        with pytest.raises(TemporaryError, match="taken back"):
+            commands.wait(gateway.store, 2, 0.1)
+        return {}
+
+    gateway.commands.on("slow", slow)
+    commands.submit(gateway.store, "cli:ann", "slow", {}, site.now)
+    commands.submit(gateway.store, "cli:ann", second, {"device": "dev-cam1", "before": 0.0, "round": 1}, site.now)
+    gateway.commands.tick(site.now)
+    assert _states(gateway) == ["done", "refused"]
+    assert gateway.store.database.query("SELECT action FROM audit") == [("command-slow",)]
+
+
+def test_who_gives_up_on_a_command_that_has_begun_is_told_that_it_goes_on(site):
+    gateway = site.gateway()
+
+    def slow(args, actor, now):
+        with pytest.raises(TemporaryError, match="still at command"):
+            commands.wait(gateway.store, 1, 0.1)
+        return {}
+
+    gateway.commands.on("slow", slow, repeatable=True)
+    commands.submit(gateway.store, "cli:ann", "slow", {}, site.now, timeout_s=20)
+    gateway.commands.tick(site.now)
+    assert _states(gateway) == ["done"]
+
+
+def test_whoever_cannot_take_a_command_back_is_told_that_it_is_still_queued(site):
+    gateway = site.gateway()
+    number = commands.submit(gateway.store, "cli:ann", "erase", {}, site.now, timeout_s=20)
+
+    def away(sql, params=()):
+        raise TemporaryError("the store is busy")
+
+    gateway.store.database.execute = away
+    with pytest.raises(TemporaryError, match="still queued, and is refused unless it is begun in time"):
+        commands.wait(gateway.store, number, 0.1)
+    del gateway.store.database.execute
+
+
+def test_what_a_command_changes_and_its_answer_are_one_commit(site):
+    gateway, run = site.gateway(), []
+
+    def half(args, actor, now):
+        run.append(now)
+        gateway.store.set_meta("half", len(run))
+        if len(run) == 1:
+            raise TemporaryError("the store went away in the middle")
+        return {}
+
+    gateway.commands.on("half", half)
+    number = commands.submit(gateway.store, "cli:ann", "half", {}, site.now)
+    with pytest.raises(TemporaryError):
+        gateway.commands.tick(site.now)
+    assert (gateway.store.meta("half"), _states(gateway)) == (None, ["new"])
+    gateway.commands.tick(site.now)
+    assert commands.wait(gateway.store, number, 1) == {}
+    assert gateway.store.meta("half") == 2
+
+
+@pytest.mark.parametrize("repeatable", [False, True])
+def test_a_path_of_a_commands_own_that_fails_is_refused_and_stalls_nothing(site, repeatable):
+    gateway = site.gateway()
+
+    def reads(args, actor, now):
+        raise PermissionError(13, "Permission denied", args["path"])
+
+    def writes(args, actor, now):
+        raise OSError(5, "Input/output error", str(gateway.store.blobs))
+
+    gateway.commands.on("reads", reads, repeatable=repeatable)
+    gateway.commands.on("writes", writes, repeatable=repeatable)
+    number = commands.submit(gateway.store, "cli:ann", "reads", {"path": "/home/ann/m.onnx"}, site.now)
+    gateway.commands.tick(site.now)
+    with pytest.raises(EdgeprivError, match=r"cannot read /home/ann/m\.onnx: Permission denied"):
+        commands.wait(gateway.store, number, 1)
+    commands.submit(gateway.store, "cli:ann", "writes", {"path": "/home/ann/m.onnx"}, site.now)
+    with pytest.raises(OSError, match="Input/output"):
+        gateway.commands.tick(site.now)
+    assert _states(gateway) == ["refused", "running" if repeatable else "new"]
 
 
 def test_commands_that_read_need_no_daemon_and_say_so_when_there_is_no_store(site, capsys):
