@@ -285,6 +285,7 @@ class Learner:
         if model != self.participant.model:
             had = self.head is not None
             actions = self.participant.model_changed(model)
+            self._withdraw(actions)  # also where the new head cannot be read
             self._use_head()
             if self.head is not None:
                 log.info("another model runs now, with the head that rounds brought for it before")
@@ -344,10 +345,15 @@ class Learner:
         self._newest = digest if digest != self.head_digest else b""
 
     def _carry_out(self, actions: list[Action]) -> None:
-        for number in (number for action in actions if isinstance(action, EndRound) for number in action.drop):
-            self._to_drop.add(number)
-            self.metas[number] = None
-        self._settle()
+        self._withdraw(actions)
+        try:
+            self._settle()
+        except (OSError, StorageFullError):
+            for fetch in (
+                action for action in actions if isinstance(action, FetchModel)
+            ):  # nobody counts on this device
+                self._withdraw(self.participant.model_refused(fetch.round, "this device's disk is full"))
+            raise
         for action in actions:
             match action:
                 case Send(message):
@@ -365,6 +371,11 @@ class Learner:
                         if self._adopt is not None and self._adopt.adopt != adopt:
                             self._fetcher.drop(self._adopt.adopt)
                         self._adopt = action
+
+    def _withdraw(self, actions: list[Action]) -> None:
+        for number in (number for action in actions if isinstance(action, EndRound) for number in action.drop):
+            self._to_drop.add(number)
+            self.metas[number] = None
 
     def _settle(self) -> None:
         """Bring to the disk what was decided; what it does not take is raised, and stays for the next time."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import os
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from gateway_site import Site
 
+from edgepriv import files
 from edgepriv.device.config import RoundsConfig
 from edgepriv.device.fetch import Fetcher
 from edgepriv.device.learn import Learner, Samples
@@ -457,6 +459,25 @@ def test_weights_whose_list_of_models_is_none_are_not_trained_on(device, over):
     device.open(1, encode_update(decode_update(_head(0.0), max_bytes=1 << 20).tensors, {"over": over}))
     device.step()
     assert "not usable" in device.joins[-1].reason
+
+
+def test_a_round_that_the_disk_was_too_full_for_is_answered_only_when_that_is_saved_and_then_declined(
+    device, monkeypatch
+):
+    def full(path, content, *, mode=None):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "replace", full)
+        for _ in range(3):  # the announcement is repeated until it is answered
+            with pytest.raises(OSError, match="No space"):
+                device.open(1, _head(0.0))
+        assert device.joins == []
+    device.open(1, _head(0.0))
+    assert [(join.accept, join.reason) for join in device.joins] == [(False, "this device's disk is full")]
+    device.open(2, _head(0.0))
+    device.step()
+    assert list(device.uploads) == [2]
 
 
 def test_what_error_feedback_owes_is_forgotten_with_the_model(device):
