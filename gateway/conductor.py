@@ -26,7 +26,7 @@ from edgepriv.wire.rounds import CLEAR, MASKED, Confirm, Join
 from gateway import aggregate, robust_sum, round_events, shards
 from gateway.aggregate import Staged
 from gateway.cohorts import Parts
-from gateway.late_updates import same_line
+from gateway.late_updates import later_round, records_needed
 from gateway.parted import PartedRound, cohorts_of
 from gateway.round_ports import DropUpload, OpenUpload, Outgoing, RoundStore, Tell
 from gateway.round_start import check_plan
@@ -116,7 +116,9 @@ class Conductor(Weights):
     def prune_models(self, keep: set[bytes]) -> None:
         """Delete weights that nothing needs: not in ``keep``, not of a running round nor of the last few records."""
         needed = [current.plan for current in self.rounds.values()]
-        named = [dataclasses.asdict(plan) for plan in needed] + self.store.records()[-self.keep_models :]
+        records = self.store.records()
+        kept = records[-max(self.keep_models, records_needed(self, records)) :]
+        named = [dataclasses.asdict(plan) for plan in needed] + kept
         self.prune(
             keep | {bytes(row[k]) for row in named for k in ("base", "before", "after", "reference") if row.get(k)}
         )
@@ -148,7 +150,7 @@ class Conductor(Weights):
         self._paths.update(staged or {})
         self._load()
         out: list[Outgoing] = []
-        for current in self._singles():
+        for current in self.singles():
             with contextlib.suppress(EdgeprivError):
                 for device, digest in self._in_sum(current):
                     out += self.carry_out(current, self._note_folded(current, device, digest, now), now)
@@ -194,17 +196,16 @@ class Conductor(Weights):
 
     def on_offer(self, device: str, offer: Offer, now: float) -> list[Outgoing]:
         """An update is offered; the answer may come at once or later, in any call."""
-        current, stale = self._round_of(offer.round, device), 0
+        current, stale, reason = self._round_of(offer.round, device), 0, ""
         if current is None or current.state in {"finishing", *ENDED}:
             if self._waits_for_next(offer.round, current, device, offer.digest):
                 return []  # a late update: its device offers it again when the next round runs
-            newer = [r for r in self._singles() if r.plan.round > offer.round and r.plan.late == "next"]
-            newer = [r for r in newer if r.state == "collecting" and same_line(self, offer.round, r.plan)]
-            if newer and not (current and self._was_taken(current, device)):
-                current, stale = newer[0], newer[0].plan.round - offer.round
+            newer, reason = later_round(self, offer.round, current, device)
+            if newer or reason:
+                current, stale = newer, newer.plan.round - offer.round if newer else 0
         if current is None:
             self.counters["late"] += 1
-            reason = f"round {offer.round} is not running"
+            reason = reason or f"round {offer.round} is not running"
             return [Tell(device, Ack(offer.digest, "rejected", reason)), DropUpload(device, offer.digest)]
         examples = offer.meta.get("examples", 0)
         examples = examples if type(examples) is int else 0
@@ -235,7 +236,7 @@ class Conductor(Weights):
         out: list[Outgoing] = []
         while self.over:  # the caller's transaction that holds the record is over by now
             shutil.rmtree(self._round_folder(self.over.pop()), ignore_errors=True)
-        for current in self._singles():
+        for current in self.singles():
             out += self._fold_pending(current, now)
             if current.state not in ENDED:
                 out += self.event(current, round_events.Tick(), now)
@@ -245,12 +246,12 @@ class Conductor(Weights):
 
     # --- inside -------------------------------------------------------------------------------------------
 
-    def _singles(self) -> list[Round]:
+    def singles(self) -> list[Round]:
         """Rounds and cohorts that devices take part in."""
         return [*(r for r in self.rounds.values() if isinstance(r, Round)), *self.cohorts.values()]
 
     def _running(self) -> list[Round]:
-        return [r for r in self._singles() if r.state not in ENDED]
+        return [r for r in self.singles() if r.state not in ENDED]
 
     def _round_of(self, number: int, device: str) -> Round | None:
         """The round of this number, or the cohort of it that the device is in."""
@@ -303,9 +304,6 @@ class Conductor(Weights):
             return current.plan.late == "next" and not taken
         last = self.store.last()  # after a restart only the record is left
         return last.get("round") == number and last.get("late_rounds", 0) > 0 and device not in last["participants"]
-
-    def _was_taken(self, current: Round, device: str) -> bool:
-        return bool(current.record and device in current.record.participants)
 
     def _check_step(self, current: Round, device: str, body: Any) -> None:
         """What needs the trust list: adverts and signatures, so that one bad device cannot spoil a cohort."""

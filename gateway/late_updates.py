@@ -6,7 +6,7 @@ the weights of another model in force since, an update of the earlier line is no
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgepriv.federated.lineage import named_models
 from edgepriv.wire.update import read_header
@@ -16,6 +16,37 @@ if TYPE_CHECKING:
 
     from gateway.conductor import Conductor
     from gateway.round_plan import RoundPlan
+    from gateway.rounds import Round
+
+
+OTHER_LINE = "late: the weights in force are for another model than the update was trained over"
+
+
+def records_needed(conductor: Conductor, records: list[dict[str, Any]]) -> int:
+    """How many of the last rounds' weights `same_line` may be asked about: as far back as a late update may come."""
+    late = [current.plan.max_staleness for current in conductor.rounds.values() if current.plan.late == "next"]
+    return 1 + max([*late, *(r.get("late_rounds", 0) for r in records[-1:])], default=0)
+
+
+def later_round(conductor: Conductor, number: int, current: Round | None, device: str) -> tuple[Round | None, str]:
+    """The round in which an update of a round that is over counts, or why none that would take it can."""
+    newer = [r for r in conductor.singles() if r.plan.round > number and r.plan.late == "next"]
+    newer = [r for r in newer if r.state == "collecting"]
+    if not newer or _was_taken(conductor, number, current, device):
+        return None, ""
+    fitting = next((r for r in newer if _too_old(number, r) or same_line(conductor, number, r.plan)), None)
+    return fitting, "" if fitting else OTHER_LINE
+
+
+def _too_old(number: int, later: Round) -> bool:
+    """Whether the later round refuses it by itself; the weights that it began with may be gone."""
+    return later.plan.round - number > later.plan.max_staleness
+
+
+def _was_taken(conductor: Conductor, number: int, current: Round | None, device: str) -> bool:
+    if current is not None:
+        return bool(current.record and device in current.record.participants)
+    return device in conductor.store.record(number).get("participants", ())
 
 
 def same_line(conductor: Conductor, number: int, plan: RoundPlan) -> bool:
@@ -31,7 +62,7 @@ def _trained(conductor: Conductor, number: int) -> tuple[str, bytes]:
     """Id and base weights of an earlier round; empty where it is not known."""
     if current := conductor.rounds.get(number):
         return current.plan.model, current.plan.base
-    record = next((r for r in reversed(conductor.store.records()) if r["round"] == number), None)
+    record = conductor.store.record(number)
     return (record["model"], bytes(record["before"])) if record else ("", b"")
 
 

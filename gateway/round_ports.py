@@ -34,6 +34,10 @@ class RoundStore(Protocol):
         """Closed rounds, oldest first: the fields of `RoundRecord` by name."""
         ...
 
+    def record(self, number: int) -> dict[str, Any]:
+        """One of `records` by its number, without reading the others; empty where there is none."""
+        ...
+
     def last(self) -> dict[str, Any]:
         """The last of `records`, without reading the others; empty where there is none."""
         ...

@@ -43,6 +43,9 @@ class MemoryStore:
     def records(self):
         return [dataclasses.asdict(r) for r in self.closed]
 
+    def record(self, number):
+        return next((dataclasses.asdict(r) for r in self.closed if r.round == number), {})
+
     def last(self):
         return dataclasses.asdict(self.closed[-1]) if self.closed else {}
 
