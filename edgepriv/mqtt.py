@@ -191,9 +191,11 @@ class PahoLink:
         self._inbox: queue.Queue[Inbound] = queue.Queue(inbox)
         self._filters: list[str] = []
         self._pending: set[int] = set()
+        self._early: set[int] = set()  # acknowledged, and not pending yet; no lock: paho calls back holding its own
         self._lock = threading.Lock()
         self._generation, self._connected, self._limit = 0, False, max_packet_bytes
         self._version = MQTTProtocolVersion.MQTTv5
+        self._jitter = random.Random()  # its own: a program that seeds `random` keeps its sequence
         self.last_error = ""
         self._stop, self._ended = threading.Event(), threading.Event()
         self._client = self._make()
@@ -239,6 +241,8 @@ class PahoLink:
             if info.rc != paho.MQTT_ERR_SUCCESS:
                 return False
             self._pending.add(info.mid)
+            if info.mid in self._early:  # acknowledged before this line was reached
+                self._settled(info.mid)
         return True
 
     def receive(self, limit: int = 64) -> list[Inbound]:
@@ -323,8 +327,9 @@ class PahoLink:
             if self._stop.is_set():
                 return
             backoff = 0.2 if self._generation != before else min(backoff * 2, MAX_BACKOFF_S)
-            self._stop.wait(random.uniform(0.05, backoff))
+            self._stop.wait(self._jitter.uniform(0.05, backoff))
             with self._lock:
+                self._early.clear()
                 self._pending.clear()  # the spool sends again what the gateway has not acknowledged
                 self._client = self._make()
 
@@ -368,7 +373,15 @@ class PahoLink:
                 continue  # the reader is behind: waiting here lets TCP slow the broker down
 
     def _on_publish(self, _client: paho.Client, _data: Any, mid: int, _reason: Any, _properties: Any) -> None:
+        self._early.add(
+            mid
+        )  # before the look at what is pending, as `send` adds before it looks here: one of us sees it
+        if mid in self._pending:
+            self._settled(mid)
+
+    def _settled(self, mid: int) -> None:
         self._pending.discard(mid)
+        self._early.discard(mid)
 
 
 def _no_delay(_client: paho.Client, _data: Any, sock: Any) -> None:
