@@ -112,7 +112,7 @@ class Transfers:
             )
             known.heard = now
             return
-        if sum(party == other for other, _ in self._open) >= self._limits.max_transfers_per_device:
+        if not self._place_for(party, now):
             return  # the device offers again; its other uploads are under way
         self._store.reserve(offer.size)
         path = f"upload-{hashlib.sha256(party.encode() + offer.digest).hexdigest()}"
@@ -136,6 +136,17 @@ class Transfers:
             incoming,
             heard=now,
         )
+
+    def _place_for(self, party: str, now: float) -> bool:
+        """Whether a device may open another upload; one that it let go of, as by a restart, gives way."""
+        own = [transfer for (other, _), transfer in self._open.items() if other == party]
+        if len(own) < self._limits.max_transfers_per_device:
+            return True
+        oldest = min(own, key=lambda transfer: transfer.heard)
+        if now - oldest.heard < STALLED_S:
+            return False
+        self.drop(oldest)
+        return True
 
     def get(self, party: str, ref: bytes) -> Transfer | None:
         """An open transfer, or None."""

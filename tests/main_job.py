@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from device_site import classifier
-from patience import wait_for
+from patience import PATIENCE, wait_for
 
 from edgepriv.demo import processes, site
 from edgepriv.federated.head import new_head
@@ -107,7 +107,7 @@ class Job:
 
     def wait_end(self, name, timeout_s):
         """The device's own report, once it has sent everything and ended by itself."""
-        code = self.running[name].wait(timeout_s)
+        code = self.running[name].wait(PATIENCE * timeout_s)
         assert code == 0, self.log(name)[-3000:]
         return json.loads(self.log(name).strip().splitlines()[-1])
 

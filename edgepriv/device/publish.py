@@ -113,6 +113,8 @@ class Publisher:
         late = [digest for digest, (sent_at, _) in self._in_flight.items() if now - sent_at >= RESEND_S]
         for digest in late:  # lost, or dropped here since: it must not fill the window for ever
             del self._in_flight[digest]
+            if (upload := self._uploads.get(digest[:REF_BYTES])) and not upload.granted:
+                del self._uploads[digest[:REF_BYTES]]  # nor hold a place for which the gateway may have none
         if late and now - self._heard >= SILENCE_S:  # a gateway that lost its store cannot say so: announce anew
             self.forget_epochs()
             self._heard = now

@@ -158,6 +158,18 @@ def test_few_uploads_are_open_at_a_time_and_small_items_pass_them(bench):
     assert kinds == ["Offer"] * MAX_UPLOADS + ["Output"]
 
 
+def test_offers_that_the_gateway_does_not_take_give_their_places_to_the_first_in_line(bench):
+    early = [bench.frame(side=400, value=v)[0] for v in range(WINDOW_ITEMS + 2)]
+    bench.known()
+    for digest in early:  # not sent yet when the later ones were offered, as before an older record is acknowledged
+        bench.spool.hold(digest)
+    late = [bench.frame(side=400, value=99 + v)[0] for v in range(MAX_UPLOADS)]
+    assert {o.digest for o in bench.sent(0.0)} == set(late)
+    bench.spool._execute("UPDATE items SET held = 0")
+    assert bench.sent(RESEND_S / 2) == []
+    assert [o.digest for o in bench.sent(RESEND_S + 1)] == early[:MAX_UPLOADS]
+
+
 def test_a_reconnect_offers_again_and_forgets_grants(bench):
     digest, _ = bench.frame(side=400)
     bench.known()

@@ -36,6 +36,7 @@ def job(tmp_path):
     made.stop()
 
 
+@pytest.mark.timeout(600)
 def test_a_device_the_gateway_and_the_broker_killed_in_turn_lose_and_double_nothing(job):
     url = job.broker()
     job.gateway(url)
